@@ -1,0 +1,32 @@
+"""Make torchvision importable beside a CPU build of torch; call before anything imports torchvision.
+
+The registry's torchvision is linked against CUDA. Where its library does not load, its import fails on
+`operator torchvision::nms does not exist`; with the two schemas defined, transforms, models and datasets work.
+`torchvision.ops.nms` and `torchvision.io` then raise when called.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+_libraries: list[torch.library.Library] = []  # an operator lives as long as its Library object
+
+
+def ensure_torchvision() -> None:
+    """Define what torchvision's import needs when its own library does not load; otherwise do nothing."""
+    spec = importlib.util.find_spec("torchvision")
+    if "torchvision" in sys.modules or spec is None or spec.origin is None:
+        return
+    for library in Path(spec.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(str(library))
+            return
+        except OSError:
+            continue
+    for operator in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, operator):
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _libraries.append(library)

@@ -1,0 +1,20 @@
+"""Errors meant for the person at the keyboard."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something that the user can mend: one sentence that names the file, line or key, and the remedy.
+
+    Commands print it without a traceback and exit with status 2.
+    """
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint such as `; did you mean 'lr'?`, or the list of valid names when none is close."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; valid: {', '.join(valid)}" if valid else ""

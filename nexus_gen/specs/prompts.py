@@ -1,0 +1,20 @@
+"""The words around the three tasks, in English and Chinese, as the released model was trained on them.
+
+`<image>` marks where an image goes; a row's `images` fill the marks in order.
+Source: the message rows and the inference code published with Nexus-Gen.
+"""
+
+IMAGE_TAG = "<image>"
+LANGUAGES = ("en", "zh")
+
+GENERATION_PROMPT = {
+    "en": "Generate an image according to the following description: {}",
+    "zh": "根据以下描述生成一张图像：{}",
+}
+GENERATION_REPLY = {
+    "en": "Here is an image based on the description: <image>",
+    "zh": "这是根据您的描述生成的图像：<image>",
+}
+EDITING_PROMPT = "<image> {}"
+EDITING_REPLY = {"en": "Here is the image: <image>", "zh": "以下为编辑后的图像：<image>"}
+UNDERSTANDING_PROMPT = "<image>\n{}"
