@@ -1,0 +1,257 @@
+"""The autoregressive model: Qwen2.5-VL that also predicts the vision embeddings of the images in its replies.
+
+Two tensors are added to Qwen2.5-VL: `vision_head` maps an output to the embedding of the next image token, and
+`image_prefill_embeds` stands in for every token of an image that is being predicted. Inputs at those positions are
+therefore known beforehand, and all embeddings of an image come out of one forward pass (prefilled autoregression).
+
+Legend: B rows, S sequence positions, D width of the language model, V vocabulary, N selected positions in row-major
+order. A *target image* stands in a reply (its tokens are labels); every other image is context.
+Source: Nexus-Gen (Zhang et al. 2025); docs/architecture.md says which checkpoint layout belongs to it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.modeling_outputs import ModelOutput
+
+from nexus_gen.specs.geometry import NUM_TARGET_TOKENS
+
+IGNORE_INDEX = -100
+PADDING_POSITION = 1  # what transformers 4.49 gave to padding, kept so that position ids equal the published ones
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """loss = text * CE + image * (mse_share * MSE + (1 - mse_share) * mean(1 - cos)); defaults as published."""
+
+    text: float = 3.0
+    image: float = 3.0
+    mse_share: float = 0.5
+
+
+@dataclass
+class NexusGenOutput(ModelOutput):
+    """What a forward with labels returns.
+
+    loss: weighted sum of the unweighted `text_loss` and `image_loss`, scalars in float32.
+    predicted_embeds, target_embeds: (N, D) at the target image tokens of the batch.
+    logits (B, S, V) and image_embeddings (B, S, D): both heads at every position, only with `all_positions`.
+    """
+
+    loss: Tensor | None = None
+    text_loss: Tensor | None = None
+    image_loss: Tensor | None = None
+    predicted_embeds: Tensor | None = None
+    target_embeds: Tensor | None = None
+    logits: Tensor | None = None
+    image_embeddings: Tensor | None = None
+
+
+@dataclass
+class SplicedInputs:
+    """inputs_embeds: (B, S, D) as the decoder sees them. target_mask: (B, S). target_embeds: (N, D), detached."""
+
+    inputs_embeds: Tensor
+    target_mask: Tensor
+    target_embeds: Tensor
+
+
+def index_within_runs(mask_BS: Tensor) -> Tensor:
+    """Index of every True inside its run of consecutive Trues along S, as (N,) in row-major order.
+
+    Two images of a sequence are never adjacent (vision_start and vision_end lie between), so a run is an image.
+    """
+    position_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
+    before_BS = F.pad(mask_BS[:, :-1], (1, 0), value=False)
+    start_BS = torch.where(mask_BS & ~before_BS, position_S, 0).cummax(dim=1).values
+    return (position_S - start_BS)[mask_BS]
+
+
+def replace_rows(embeds_BSD: Tensor, mask_BS: Tensor, rows_ND: Tensor) -> Tensor:
+    """A copy of `embeds_BSD` with `rows_ND` at the True positions, in row-major order.
+
+    Raises ValueError when the number of rows is not the number of True positions.
+    """
+    num_positions = int(mask_BS.sum())
+    if num_positions != rows_ND.shape[0]:
+        raise ValueError(f"{num_positions} image tokens in the sequences but {rows_ND.shape[0]} image embeddings")
+    return embeds_BSD.masked_scatter(mask_BS.unsqueeze(-1), rows_ND.to(embeds_BSD.dtype))
+
+
+def predicts(mask_BS: Tensor) -> Tensor:
+    """Mask of the positions whose output predicts the True positions: shifted one to the left, (B, S)."""
+    return F.pad(mask_BS[:, 1:], (0, 1), value=False)
+
+
+def text_cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Mean cross entropy in float32; exactly 0, still connected to the graph, when N is 0."""
+    if labels_N.numel() == 0:
+        return logits_NV.float().sum()
+    return F.cross_entropy(logits_NV.float(), labels_N)
+
+
+def embedding_loss(predicted_ND: Tensor, target_ND: Tensor, mse_share: float) -> Tensor:
+    """mse_share * MSE + (1 - mse_share) * mean(1 - cos) in float32; exactly 0, still in the graph, when N is 0."""
+    predicted, target = predicted_ND.float(), target_ND.float()
+    if predicted.shape[0] == 0:
+        return predicted.sum()
+    cosine_distance = (1 - F.cosine_similarity(predicted, target, dim=-1)).mean()
+    return mse_share * F.mse_loss(predicted, target) + (1 - mse_share) * cosine_distance
+
+
+class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
+    """Qwen2.5-VL with `vision_head` (D x D, no bias) and `image_prefill_embeds` (81 x D).
+
+    loss_weights: the objective of `forward` with labels; assign another `LossWeights` to change it.
+    """
+
+    def __init__(self, config: Qwen2_5_VLConfig) -> None:
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        self.vision_head = nn.Linear(width, width, bias=False)
+        self.image_prefill_embeds = nn.Embedding(NUM_TARGET_TOKENS, width)
+        self.loss_weights = LossWeights()
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        all_positions: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """With labels, the training objective as a NexusGenOutput; without, Qwen2.5-VL's own forward.
+
+        input_ids, attention_mask, labels: (B, S); -100 is ignored, an image token among the labels is a target.
+        position_ids: (3, B, S) M-RoPE, or (4, B, S) with the text positions of a packed row first; computed from
+        the inputs when absent. pixel_values: (patches, channels x 2 x patch x patch) and image_grid_thw: (images, 3)
+        of all images, targets included, in the order in which they stand in the rows.
+        all_positions: also return both heads at every position (parity and diagnosis; memory of B x S x V).
+        Every call runs each module once whatever the batch holds, as ZeRO-3 and DDP need.
+        Raises ValueError when image tokens and image embeddings disagree in number.
+        """
+        if labels is None:
+            if mm_token_type_ids is None and input_ids is not None:
+                mm_token_type_ids = self._modality_ids(input_ids)
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                pixel_values=pixel_values,
+                image_grid_thw=image_grid_thw,
+                mm_token_type_ids=mm_token_type_ids,
+                **kwargs,
+            )
+        if input_ids is None:
+            raise ValueError("a forward with labels needs input_ids: they say where the images are")
+
+        spliced = self.splice_inputs(input_ids, labels, pixel_values, image_grid_thw)
+        if position_ids is None:
+            position_ids = self.rope_position_ids(input_ids, attention_mask, image_grid_thw)
+        kwargs["use_cache"] = False  # a training pass never continues, and checkpointing refuses a cache
+        hidden_BSD = self.model(
+            inputs_embeds=spliced.inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        ).last_hidden_state
+
+        # Heads run on the positions that are scored only: float32 logits of all S positions would be the largest
+        # tensor of a training step.
+        text_mask = (labels != IGNORE_INDEX) & ~spliced.target_mask
+        text_mask[:, 0] = False  # nothing precedes, so nothing predicts it
+        text_loss = text_cross_entropy(self.lm_head(hidden_BSD[predicts(text_mask)]), labels[text_mask])
+        predicted_ND = self.vision_head(hidden_BSD[predicts(spliced.target_mask)])
+        image_loss = embedding_loss(predicted_ND, spliced.target_embeds, self.loss_weights.mse_share)
+        return NexusGenOutput(
+            loss=self.loss_weights.text * text_loss + self.loss_weights.image * image_loss,
+            text_loss=text_loss,
+            image_loss=image_loss,
+            predicted_embeds=predicted_ND,
+            target_embeds=spliced.target_embeds,
+            logits=self.lm_head(hidden_BSD) if all_positions else None,
+            image_embeddings=self.vision_head(hidden_BSD) if all_positions else None,
+        )
+
+    def splice_inputs(
+        self, input_ids: Tensor, labels: Tensor, pixel_values: Tensor | None, image_grid_thw: Tensor | None
+    ) -> SplicedInputs:
+        """Embed text, put vision embeddings at context images and prefill embeddings at target images.
+
+        Shapes as in `forward`. The gradient of the vision tower comes from context images alone.
+        Raises ValueError when a target image has more tokens than there are prefill embeddings.
+        """
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_mask = input_ids == self.config.image_token_id
+        target_mask = image_mask & (labels == self.config.image_token_id)
+        if pixel_values is None:
+            vision_ND = self._vision_embeds_of_nothing()
+            inputs_embeds = inputs_embeds + 0 * vision_ND.sum().to(inputs_embeds.dtype)
+            vision_ND = vision_ND[:0]
+        else:
+            vision_ND = self.vision_embeds(pixel_values, image_grid_thw)
+        inputs_embeds = replace_rows(inputs_embeds, image_mask, vision_ND)
+
+        prefill_index_N = index_within_runs(target_mask)
+        if prefill_index_N.numel() and int(prefill_index_N.max()) >= NUM_TARGET_TOKENS:
+            raise ValueError(
+                f"a target image has {int(prefill_index_N.max()) + 1} tokens, more than the {NUM_TARGET_TOKENS} "
+                "prefill embeddings; resize it to 18 x 18 patches"
+            )
+        # The module, not its weight: under ZeRO-3 the weight exists only inside the module's own forward.
+        inputs_embeds = replace_rows(inputs_embeds, target_mask, self.image_prefill_embeds(prefill_index_N))
+        return SplicedInputs(inputs_embeds, target_mask, vision_ND[target_mask[image_mask]].detach())
+
+    def vision_embeds(self, pixel_values: Tensor, image_grid_thw: Tensor | None) -> Tensor:
+        """The vision tower's merged embeddings of all images, (N, D); without a graph where the tower is frozen."""
+        visual = self.model.visual
+        # Checkpointing makes even a frozen tower's inputs require gradients; its backward would be wasted.
+        trained = any(parameter.requires_grad for parameter in visual.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            return visual(pixel_values.to(visual.dtype), grid_thw=image_grid_thw).pooler_output
+
+    def rope_position_ids(
+        self, input_ids: Tensor, attention_mask: Tensor | None, image_grid_thw: Tensor | None
+    ) -> Tensor:
+        """M-RoPE position ids (3, B, S) over the whole sequence, target images included."""
+        position_ids, _ = self.model.get_rope_index(
+            input_ids,
+            mm_token_type_ids=self._modality_ids(input_ids),
+            image_grid_thw=image_grid_thw,
+            attention_mask=attention_mask,
+        )
+        if attention_mask is not None:
+            position_ids = position_ids.masked_fill(attention_mask == 0, PADDING_POSITION)
+        return position_ids
+
+    def _modality_ids(self, input_ids: Tensor) -> Tensor:
+        """0 at text, 1 at images, 2 at videos: what transformers calls mm_token_type_ids."""
+        is_image, is_video = input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
+        return is_image.int() + 2 * is_video.int()
+
+    def _vision_embeds_of_nothing(self) -> Tensor:
+        """(1, D): the tower on one black token, so that a rank without images runs the same modules as the others."""
+        config = self.config.vision_config
+        side = config.spatial_merge_size
+        patch_values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        patches = torch.zeros(side * side, patch_values, device=self.device, dtype=self.model.visual.dtype)
+        return self.vision_embeds(patches, torch.tensor([[1, side, side]], device=self.device))
+
+
+# transformers finds the renaming between the layout on disk (`visual.*`, `model.layers.*`) and its modules by class
+# name; without this line `from_pretrained` and `save_pretrained` of the subclass would not translate, silently.
+register_checkpoint_conversion_mapping(
+    NexusGenForConditionalGeneration.__name__,
+    get_checkpoint_conversion_mapping(Qwen2_5_VLForConditionalGeneration.__name__),
+    overwrite=True,
+)
