@@ -1,1 +1,77 @@
-def main() -> int: return 0
+"""The console script `nexus-gen`: a table from command to the module that owns it.
+
+Modules are imported when their command is called, so that `--help`, errors and completion stay fast.
+"""
+
+import importlib
+import os
+import sys
+
+from nexus_gen.specs.errors import UserError, nearest
+
+# command -> (module with main(argv), what it does)
+COMMANDS = {
+    "run": ("launch.run", "run one stage (stage=...) or a pipeline of stages (pipeline=...)"),
+    "data shapes": ("data.shapes", "draw the procedural dataset of coloured shapes"),
+    "understand": ("nexus_gen.commands", "answer a question about a picture"),
+    "generate": ("nexus_gen.commands", "paint a picture from a prompt"),
+    "edit": ("nexus_gen.commands", "repaint a picture by an instruction"),
+    "report": ("train.report", "one HTML page of a run: curves, pictures, answers"),
+}
+# The only variables that the program reads; a misspelt one would silently do nothing.
+VARIABLES = {"NEXUS_GEN_RUNS": "where runs are written when runs_dir is not given"}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    variables = [f"  {name}  {meaning}" for name, meaning in VARIABLES.items()]
+    return "\n".join(
+        [
+            "usage: nexus-gen COMMAND [ARGUMENTS]",
+            "",
+            "Train and use one model that understands, generates and edits images.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`nexus-gen COMMAND --help` says more.",
+            "",
+            "environment:",
+            *variables,
+        ]
+    )
+
+
+def check_environment() -> None:
+    for name in os.environ:
+        if name.startswith("NEXUS_GEN_") and name not in VARIABLES:
+            raise UserError(f"environment variable {name} is not one that nexus-gen reads{nearest(name, VARIABLES)}")
+
+
+def resolve(argv: list[str]) -> tuple[str, list[str]]:
+    """Split the arguments into a command of the table and what follows it."""
+    for words in (2, 1):
+        command = " ".join(argv[:words])
+        if len(argv) >= words and command in COMMANDS:
+            return command, argv[words:]
+    raise UserError(f"no command '{' '.join(argv[:2])}'{nearest(' '.join(argv[:2]), COMMANDS)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    try:
+        check_environment()
+        command, rest = resolve(argv)
+        module = importlib.import_module(COMMANDS[command][0])
+        # One module may own several commands: it is told which by the first argument.
+        return module.main([command.split()[-1], *rest])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

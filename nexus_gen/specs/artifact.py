@@ -42,7 +42,13 @@ class Manifest:
     def fingerprint(self) -> str:
         """Hash of what the artifact is made of; creation time and commit do not enter."""
         return digest(
-            {"kind": self.kind, "config": self.config, "inputs": self.inputs, "details": self.details, "files": self.files}
+            {
+                "kind": self.kind,
+                "config": self.config,
+                "inputs": self.inputs,
+                "details": self.details,
+                "files": self.files,
+            }
         )
 
     @staticmethod
@@ -50,7 +56,9 @@ class Manifest:
         """Read an artifact's manifest; UserError when the directory is not a complete artifact."""
         path = Path(directory) / MANIFEST
         if not path.is_file():
-            raise UserError(f"{directory} is not an artifact (no {MANIFEST}); give the artifact/ directory of a finished stage")
+            raise UserError(
+                f"{directory} is not an artifact (no {MANIFEST}); give the artifact/ directory of a finished stage"
+            )
         try:
             return Manifest(**json.loads(path.read_text(encoding="utf-8")))
         except (TypeError, ValueError) as error:

@@ -3,7 +3,7 @@
 Legend: a grid is counted in vision patches per side before merging; 2 x 2 patches merge into one token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 MERGE_SIZE = 2
 TARGET_GRID = 18  # a target image is 18 x 18 patches: 252 px at patch 14
@@ -38,6 +38,24 @@ class LanguageGeometry:
     mrope_section: list[int]
     rope_theta: float
     rms_norm_eps: float
+
+
+@dataclass(frozen=True)
+class ProjectorGeometry:
+    """The editing decoder's projector: one Qwen2.5 decoder layer, sized like those of the autoregressive model."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_key_value_heads: int
+    mrope_section: list[int]
+    rope_theta: float
+    rms_norm_eps: float
+
+    @classmethod
+    def of(cls, language: LanguageGeometry) -> "ProjectorGeometry":
+        """The projector that fits this language model, whose first layer initialises it."""
+        return cls(**{field.name: getattr(language, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,165 @@
+"""`nexus-gen run`: one stage, or a pipeline of stages in order.
+
+nexus-gen run stage=pretrain trainer.max_steps=100
+nexus-gen run pipeline=tiny from=embed_generation
+"""
+
+import argparse
+import shlex
+import sys
+import time
+
+from omegaconf import OmegaConf
+
+from launch.compose import CONFIGS, Override, as_yaml, compose_stage
+from launch.processes import slurm_script, start, worker_command, worker_environment
+from nexus_gen.specs.artifact import MANIFEST
+from nexus_gen.specs.errors import UserError, nearest
+from train.schemas.fields import keys
+from train.schemas.run_directory import prepare, unchanged
+from train.schemas.stages import SCHEMAS, StageConfig
+
+GROUPS_OF_ALL = ("model", "data", "launch", "logger", "experiment")
+
+
+def parser() -> argparse.ArgumentParser:
+    stages, pipelines = (
+        ", ".join(SCHEMAS),
+        ", ".join(sorted(path.stem for path in (CONFIGS / "pipeline").glob("*.yaml"))),
+    )
+    result = argparse.ArgumentParser(
+        prog="nexus-gen run",
+        description="Run one stage or a pipeline of stages.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"stages: {stages}\npipelines: {pipelines}\n\n"
+        "Overrides are key=value (trainer.max_steps=100) or group=file (launch=slurm). In a pipeline a key goes to every\n"
+        "stage that reads it; STAGE.key=value goes to one. from=STAGE runs that stage again and goes on from there.",
+    )
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="stage=..., pipeline=..., and values")
+    result.add_argument("--cfg", action="store_true", help="print the resolved config and stop")
+    result.add_argument("--dry-run", action="store_true", help="print what would start and stop")
+    return result
+
+
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv[1:])
+    given = [Override.parse(text) for text in arguments.overrides]
+    chosen = {
+        override.key: override.text.split("=", 1)[1]
+        for override in given
+        if override.key in ("stage", "pipeline", "from")
+    }
+    rest = [override for override in given if override.key not in ("stage", "pipeline", "from")]
+    if ("stage" in chosen) == ("pipeline" in chosen):
+        raise UserError(f"give one of stage=... and pipeline=...; stages: {', '.join(SCHEMAS)}")
+    if "stage" in chosen:
+        if "from" in chosen:
+            raise UserError("from=... goes with pipeline=...; stage=... runs one stage")
+        configs = [compose_stage([Override.parse(f"stage={chosen['stage']}"), *rest])]
+    else:
+        configs = compose_pipeline(chosen["pipeline"], rest)
+    if arguments.cfg:
+        print("---\n".join(as_yaml(config) for config in configs), end="")
+        return 0
+    if arguments.dry_run:
+        for config in configs:
+            print(describe(config))
+        return 0
+    again = chosen.get("from")
+    names = [config.stage for config in configs]
+    if again is not None and again not in names:
+        raise UserError(f"from={again} is not a stage of pipeline={chosen['pipeline']}{nearest(again, names)}")
+    for config in configs[names.index(again) if again else 0 :]:
+        status = run_stage(config, again=config.stage == again)
+        if status:
+            return status
+    return 0
+
+
+def compose_pipeline(pipeline: str, given: list[Override]) -> list[StageConfig]:
+    """One config per stage: each override goes to the stages that read it, and must reach at least one."""
+    path = CONFIGS / "pipeline" / f"{pipeline}.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"there is no pipeline={pipeline}{nearest(pipeline, (p.stem for p in path.parent.glob('*.yaml')))}"
+        )
+    plan = OmegaConf.to_container(OmegaConf.load(path))
+    stages: list[str] = plan["stages"]
+    overrides = [*map(Override.parse, plan["overrides"]), *given]
+    reached = {override: False for override in overrides}
+    configs = []
+    for stage in stages:
+        own = [Override.parse(f"stage={stage}")]
+        if stage in plan.get("experiments", {}):
+            own.append(Override.parse(f"experiment={plan['experiments'][stage]}"))
+        for override in overrides:
+            section, _, key = override.key.partition(".")
+            if section in SCHEMAS:
+                mine = Override.parse(override.text.replace(f"{section}.", "", 1)) if section == stage else None
+            else:
+                mine = (
+                    override
+                    if override.key in keys(stage) or (override.is_group and override.key in GROUPS_OF_ALL)
+                    else None
+                )
+            if mine is not None:
+                own.append(mine)
+                reached[override] = True
+        configs.append(compose_stage(own))
+    for override, has_effect in reached.items():
+        if not has_effect:
+            valid = {key for stage in stages for key in keys(stage)} | set(GROUPS_OF_ALL)
+            raise UserError(
+                f"no stage of pipeline={pipeline} has the key '{override.key}'{nearest(override.key, valid)}"
+            )
+    return configs
+
+
+def describe(config: StageConfig) -> str:
+    """What would start: processes, batch, command."""
+    launch = config.launch
+    lines = [
+        f"stage {config.stage} -> {config.run_dir}",
+        f"  processes: {launch.num_nodes} x {launch.processes_per_node} = {launch.world_size}",
+    ]
+    trainer = getattr(config, "trainer", None)
+    if trainer is not None:
+        lines.append(
+            f"  batch: {trainer.global_batch_size} = {trainer.micro_batch_size} per process x {launch.world_size} processes"
+            f" x {trainer.accumulation(launch.world_size)} accumulated; {trainer.max_steps} steps, ZeRO-{trainer.zero_stage}, {trainer.precision}"
+        )
+    lines += [f"  reads {role}: {where}" for role, where in config.inputs().items()]
+    config_path = config.run_dir / "config.yaml"
+    if launch.kind == "slurm":
+        lines += ["  sbatch script:", *(f"    {line}" for line in slurm_script(launch, config_path).splitlines())]
+    else:
+        variables = " ".join(f"{name}={value}" for name, value in worker_environment(launch).items())
+        each = " (on every machine)" if launch.num_nodes > 1 else ""
+        lines.append(f"  command{each}: {variables} {shlex.join(worker_command(launch, config_path))}")
+    return "\n".join(lines)
+
+
+def run_stage(config: StageConfig, again: bool) -> int:
+    """Preflight, record the config, start the processes."""
+    config.preflight()
+    if not again and unchanged(config):
+        print(f"{config.stage}: unchanged, skipped ({config.artifact_dir})", flush=True)
+        return 0
+    config_path = prepare(config, again)
+    print(f"{config.stage}: {config.launch.world_size} process(es), config {config_path}", flush=True)
+    began = time.monotonic()
+    status = start(config.launch, config_path)
+    took = time.monotonic() - began
+    if status:
+        print(
+            f"error: stage={config.stage} stopped with status {status} after {took:.0f} s; see {config.run_dir / 'log'}",
+            file=sys.stderr,
+        )
+        return status
+    if not (config.artifact_dir / MANIFEST).is_file():
+        print(
+            f"{config.stage}: stopped after {took:.0f} s; the same command goes on from its checkpoint", file=sys.stderr
+        )
+        return 3
+    print(f"{config.stage}: done in {took:.0f} s -> {config.artifact_dir}", flush=True)
+    return 0

@@ -1,0 +1,72 @@
+"""What a training stage records: metrics.jsonl always, TensorBoard and wandb when configured.
+
+Names: `train/loss`, `perf/samples_per_s`; steps are optimizer steps. A resumed stage first drops the lines past its
+checkpoint, so the file reads as if nothing had been interrupted.
+"""
+
+import json
+import time
+from pathlib import Path
+
+from nexus_gen.specs.artifact import write_text_atomic
+from train.schemas.common import LoggerConfig
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl; a line cut short by a crash ends the list."""
+    rows = []
+    path = run_dir / METRICS
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class MetricsLogger:
+    """Writes on rank zero; on other ranks every call does nothing."""
+
+    def __init__(self, run_dir: Path, config: LoggerConfig, rank: int, start_step: int = 0) -> None:
+        self._file = self._tensorboard = self._wandb = None
+        if rank != 0:
+            return
+        kept = [row for row in read_metrics(run_dir) if row["step"] <= start_step]
+        write_text_atomic(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(run_dir / "log" / "tensorboard"), purge_step=start_step + 1)
+        if config.wandb_mode != "disabled":
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.wandb_project,
+                mode=config.wandb_mode,
+                dir=str(run_dir / "log"),
+                name=f"{run_dir.parent.name}-{run_dir.name}",
+                resume="allow",
+            )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record values at an optimizer step, with the wall-clock time."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()

@@ -1,0 +1,184 @@
+"""Config sections that several stages share. Names, types and units live here; values live in configs/."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry
+
+
+def path() -> Any:
+    """A field that holds a path: made absolute when composed; its content enters fingerprints, its place does not."""
+    return field(metadata={"path": True})
+
+
+def runtime() -> Any:
+    """A field that changes how a stage runs and not what it makes: left out of fingerprints."""
+    return field(metadata={"runtime": True})
+
+
+def one_of(key: str, value: Any, *valid: Any) -> None:
+    if value not in valid:
+        raise UserError(f"{key} is {value!r}; valid: {', '.join(map(repr, valid))}")
+
+
+def positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise UserError(f"{section}.{name} is {getattr(config, name)}; it must be above 0")
+
+
+@dataclass
+class LaunchConfig:
+    """Where the processes of a stage run.
+
+    kind: local (this machine), torchrun (the same command started on every machine) or slurm (submitted).
+    device: auto takes CUDA where there is one. threads_per_process: intra-op threads on a CPU; 0 shares the cores out.
+    rendezvous: host:port of the first machine (torchrun). timeout_minutes, partition: slurm only.
+    """
+
+    kind: str
+    num_nodes: int
+    processes_per_node: int
+    device: str
+    threads_per_process: int
+    rendezvous: str
+    timeout_minutes: int
+    partition: str
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.processes_per_node
+
+    def check(self) -> None:
+        one_of("launch.kind", self.kind, "local", "torchrun", "slurm")
+        one_of("launch.device", self.device, "auto", "cpu", "cuda")
+        positive("launch", self, "num_nodes", "processes_per_node")
+        if self.kind == "local" and self.num_nodes != 1:
+            raise UserError(
+                f"launch.num_nodes is {self.num_nodes} with launch.kind local; use launch=torchrun or launch=slurm"
+            )
+        if self.kind == "torchrun" and self.num_nodes > 1 and ":" not in self.rendezvous:
+            raise UserError("launch.rendezvous must be host:port of the first machine when launch.num_nodes is above 1")
+
+
+@dataclass
+class LoggerConfig:
+    """Local files (metrics.jsonl) are always written; these come on top.
+
+    wandb_mode: disabled, offline (no account needed; `wandb sync` uploads later) or online.
+    """
+
+    tensorboard: bool
+    wandb_mode: str
+    wandb_project: str
+
+    def check(self) -> None:
+        one_of("logger.wandb_mode", self.wandb_mode, "disabled", "offline", "online")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW. schedule: constant, cosine or linear after the warmup. max_grad_norm: 0 switches clipping off."""
+
+    learning_rate: float
+    weight_decay: float
+    betas: list[float]
+    warmup_steps: int
+    schedule: str
+    max_grad_norm: float
+
+    def check(self) -> None:
+        one_of("optim.schedule", self.schedule, "constant", "cosine", "linear")
+        positive("optim", self, "learning_rate")
+        if len(self.betas) != 2:
+            raise UserError(f"optim.betas has {len(self.betas)} numbers; AdamW takes 2")
+
+
+@dataclass
+class TrainerConfig:
+    """How long and in which pieces a stage trains; accumulation is derived from the two batch sizes.
+
+    precision: float32 or bfloat16. zero_stage: DeepSpeed's ZeRO stage. checkpoint_every_steps: 0 keeps only the last.
+    num_workers: loader processes per rank.
+    """
+
+    precision: str
+    zero_stage: int
+    micro_batch_size: int
+    global_batch_size: int
+    max_steps: int
+    gradient_checkpointing: bool
+    checkpoint_every_steps: int = runtime()
+    keep_checkpoints: int = runtime()
+    log_every_steps: int = runtime()
+    num_workers: int = runtime()
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro batches per optimizer step; UserError when the batch sizes do not divide."""
+        per_pass = self.micro_batch_size * world_size
+        if self.global_batch_size % per_pass:
+            below = self.global_batch_size // per_pass * per_pass
+            valid = [str(size) for size in (below, below + per_pass) if size]
+            raise UserError(
+                f"trainer.global_batch_size {self.global_batch_size} is not a multiple of micro batch "
+                f"{self.micro_batch_size} x {world_size} processes; {' and '.join(valid)} {'is' if len(valid) == 1 else 'are'}"
+            )
+        return self.global_batch_size // per_pass
+
+    def check(self, world_size: int) -> None:
+        one_of("trainer.precision", self.precision, "float32", "bfloat16")
+        one_of("trainer.zero_stage", self.zero_stage, 0, 1, 2, 3)
+        positive(
+            "trainer", self, "micro_batch_size", "global_batch_size", "max_steps", "log_every_steps", "keep_checkpoints"
+        )
+        self.accumulation(world_size)
+
+
+@dataclass
+class QwenConfig:
+    """The autoregressive side: a Qwen2.5-VL or Nexus-Gen checkpoint directory; geometry is in its config.json."""
+
+    qwen: str = path()
+
+
+@dataclass
+class DiffusionConfig:
+    """The painting side. flux: a FLUX.1-dev directory. image_size: pixels per side that the decoders paint."""
+
+    transformer: FluxGeometry
+    vae: VaeGeometry
+    image_size: int
+    flux: str = path()
+
+    def check(self) -> None:
+        unit = self.vae.downscale * self.transformer.patch_size
+        if self.image_size % unit:
+            raise UserError(
+                f"model.image_size {self.image_size} is not a multiple of {unit} (VAE {self.vae.downscale} x patch)"
+            )
+        head_width = self.transformer.hidden_size // self.transformer.num_heads
+        if sum(self.transformer.rope_axes_dim) != head_width:
+            raise UserError(
+                f"model.transformer.rope_axes_dim sums to {sum(self.transformer.rope_axes_dim)}; the head width is {head_width}"
+            )
+        if self.vae.latent_channels != self.transformer.latent_channels:
+            raise UserError(
+                f"model.vae.latent_channels {self.vae.latent_channels} differs from "
+                f"model.transformer.latent_channels {self.transformer.latent_channels}"
+            )
+
+
+@dataclass
+class ModelConfig(DiffusionConfig, QwenConfig):
+    """Both sides."""
+
+
+@dataclass
+class MessagesConfig:
+    """Message datasets (JSONL). max_pixels bounds user-side images; max_length bounds tokens after image resizing."""
+
+    max_length: int
+    max_pixels: int
+    train: str = path()
+    heldout: str = path()

@@ -1,0 +1,339 @@
+"""The whole resolved config of each stage, and the checks that need no model: run before any process starts."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from data.messages import check_rows
+from data.shapes import ShapesConfig
+from data.shards import ShardSpec
+
+from nexus_gen.specs.artifact import Manifest
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.geometry import (
+    NUM_REFERENCE_TOKENS,
+    NUM_TARGET_TOKENS,
+    FluxGeometry,
+    LanguageGeometry,
+    TextEncoderGeometry,
+    VaeGeometry,
+    VisionGeometry,
+)
+from train.schemas.common import (
+    DiffusionConfig,
+    LaunchConfig,
+    LoggerConfig,
+    MessagesConfig,
+    ModelConfig,
+    OptimConfig,
+    QwenConfig,
+    TrainerConfig,
+    one_of,
+    path,
+    positive,
+    runtime,
+)
+
+
+@dataclass
+class StageConfig:
+    """What every stage has. A run lives in runs_dir/name, a stage in its own directory there."""
+
+    stage: str
+    seed: int
+    launch: LaunchConfig
+    name: str = runtime()
+    runs_dir: str = path()
+
+    kind: ClassVar[str]  # the artifact that the stage makes
+    trains: ClassVar[bool] = False  # has steps, checkpoints and metrics
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name / self.stage
+
+    @property
+    def artifact_dir(self) -> Path:
+        return self.run_dir / "artifact"
+
+    def check(self) -> None:
+        """Values that contradict each other; no files are read."""
+        self.launch.check()
+
+    def inputs(self) -> dict[str, Path]:
+        """Role -> the file or directory that this stage reads."""
+        return {}
+
+    def preflight(self) -> None:
+        """Read the inputs far enough to refuse broken ones in seconds; no torch, no weights."""
+        for role, where in self.inputs().items():
+            if not where.exists():
+                raise UserError(f"{role}: {where} does not exist; {self.remedy(where)}")
+
+    def remedy(self, where: Path) -> str:
+        """How the missing input comes into being."""
+        run = Path(self.runs_dir) / self.name
+        if run in where.parents:
+            return f"run stage={where.relative_to(run).parts[0]} first, or give another path"
+        return "check the path"
+
+
+@dataclass
+class ShapesStageConfig(StageConfig):
+    shapes: ShapesConfig
+
+    kind: ClassVar[str] = "messages"
+
+
+@dataclass
+class StandinsConfig:
+    """Geometry of the tiny models that have no config of their own yet, and how long the VAE is fitted."""
+
+    vision: VisionGeometry
+    language: LanguageGeometry
+    clip: TextEncoderGeometry
+    t5: TextEncoderGeometry
+    vae_steps: int
+    num_images: int
+
+
+@dataclass
+class StandinsModelConfig:
+    transformer: FluxGeometry
+    vae: VaeGeometry
+    image_size: int
+
+
+@dataclass
+class StandinsDataConfig:
+    train: str = path()
+
+
+@dataclass
+class StandinsStageConfig(StageConfig):
+    model: StandinsModelConfig
+    data: StandinsDataConfig
+    standins: StandinsConfig
+
+    kind: ClassVar[str] = "base_models"
+
+    def inputs(self) -> dict[str, Path]:
+        return {"data.train": Path(self.data.train)}
+
+    def preflight(self) -> None:
+        super().preflight()
+        check_rows(Path(self.data.train), check_images="exists")
+
+
+@dataclass
+class PretrainObjective:
+    """Loss = text_loss_weight x cross-entropy + image_loss_weight x ((1 - cosine_fraction) MSE + cosine_fraction (1 - cos))."""
+
+    text_loss_weight: float
+    image_loss_weight: float
+    cosine_fraction: float
+
+
+@dataclass
+class FreezeConfig:
+    vision: bool
+    merger: bool
+
+
+@dataclass
+class PretrainConfig(StageConfig):
+    model: QwenConfig
+    data: MessagesConfig
+    objective: PretrainObjective
+    freeze: FreezeConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig = runtime()
+    resume: bool = runtime()
+
+    kind: ClassVar[str] = "ar_checkpoint"
+    trains: ClassVar[bool] = True
+
+    def check(self) -> None:
+        super().check()
+        self.optim.check()
+        self.trainer.check(self.launch.world_size)
+        self.logger.check()
+        positive("data", self.data, "max_length", "max_pixels")
+
+    def inputs(self) -> dict[str, Path]:
+        return {
+            "model.qwen": Path(self.model.qwen),
+            "data.train": Path(self.data.train),
+            "data.heldout": Path(self.data.heldout),
+        }
+
+    def preflight(self) -> None:
+        super().preflight()
+        require_checkpoint("model.qwen", self.model.qwen)
+        check_rows(Path(self.data.train), check_images="exists")
+        check_rows(Path(self.data.heldout), check_images="exists")
+
+
+@dataclass
+class EmbedConfig:
+    """batch_size: pictures per forward. samples_per_shard: a finished shard survives an interruption."""
+
+    samples_per_shard: int
+    dtype: str
+    batch_size: int = runtime()
+    autoregressive: str = path()
+
+
+@dataclass
+class EmbedDataConfig:
+    max_pixels: int
+    train: str = path()
+    heldout: str = path()
+
+
+@dataclass
+class EmbedStageConfig(StageConfig):
+    model: DiffusionConfig
+    data: EmbedDataConfig
+    embed: EmbedConfig
+
+    kind: ClassVar[str] = "embedding_shards"
+    task: ClassVar[str]
+
+    def check(self) -> None:
+        super().check()
+        self.model.check()
+        positive("embed", self.embed, "samples_per_shard", "batch_size")
+        one_of("embed.dtype", self.embed.dtype, "float32", "bfloat16")
+
+    def inputs(self) -> dict[str, Path]:
+        return {
+            "embed.autoregressive": Path(self.embed.autoregressive),
+            "model.flux": Path(self.model.flux),
+            "data.train": Path(self.data.train),
+            "data.heldout": Path(self.data.heldout),
+        }
+
+    def preflight(self) -> None:
+        super().preflight()
+        require_checkpoint("embed.autoregressive", self.embed.autoregressive)
+        for split in (self.data.train, self.data.heldout):
+            tasks = check_rows(Path(split), check_images="exists").tasks
+            if not tasks.get(self.task):
+                raise UserError(
+                    f"{split} holds no {self.task} rows (it has {dict(tasks)}); stage={self.stage} needs some"
+                )
+
+
+@dataclass
+class EmbedGenerationConfig(EmbedStageConfig):
+    task: ClassVar[str] = "generation"
+
+
+@dataclass
+class EmbedEditingConfig(EmbedStageConfig):
+    task: ClassVar[str] = "editing"
+
+
+@dataclass
+class DecoderObjective:
+    """timesteps: per_sample, or per_batch as in the published trainer. guidance: FLUX's embedded guidance."""
+
+    timesteps: str
+    guidance: float
+
+
+@dataclass
+class DecoderInit:
+    """decoder: a released or earlier decoder file to go on from; empty starts from FLUX and a fresh conditioner."""
+
+    decoder: str = path()
+
+
+@dataclass
+class DecoderConfig(StageConfig):
+    model: DiffusionConfig
+    init: DecoderInit
+    objective: DecoderObjective
+    optim: OptimConfig
+    trainer: TrainerConfig
+    shards: str = path()
+    logger: LoggerConfig = runtime()
+    resume: bool = runtime()
+
+    trains: ClassVar[bool] = True
+    num_reference_tokens: ClassVar[int]
+
+    def check(self) -> None:
+        super().check()
+        self.model.check()
+        self.optim.check()
+        self.trainer.check(self.launch.world_size)
+        self.logger.check()
+        one_of("objective.timesteps", self.objective.timesteps, "per_sample", "per_batch")
+
+    def inputs(self) -> dict[str, Path]:
+        inputs = {"shards": Path(self.shards), "model.flux": Path(self.model.flux)}
+        if self.init.decoder:
+            inputs["init.decoder"] = Path(self.init.decoder)
+        return inputs
+
+    def preflight(self) -> None:
+        super().preflight()
+        manifest = Manifest.load(self.shards).require("embedding_shards", self.shards)
+        side = self.model.image_size // self.model.vae.downscale
+        ShardSpec.load(manifest).require(
+            self.shards,
+            num_target_tokens=NUM_TARGET_TOKENS,
+            num_reference_tokens=self.num_reference_tokens,
+            latent_shape=[self.model.vae.latent_channels, side, side],
+        )
+
+
+@dataclass
+class GenerationDecoderConfig(DecoderConfig):
+    kind: ClassVar[str] = "generation_decoder"
+    num_reference_tokens: ClassVar[int] = 0
+
+
+@dataclass
+class EditingDecoderConfig(DecoderConfig):
+    model: ModelConfig
+
+    kind: ClassVar[str] = "editing_decoder"
+    num_reference_tokens: ClassVar[int] = NUM_REFERENCE_TOKENS
+
+    def inputs(self) -> dict[str, Path]:
+        inputs = super().inputs()
+        if not self.init.decoder:
+            inputs["model.qwen"] = Path(self.model.qwen)
+        return inputs
+
+    def preflight(self) -> None:
+        super().preflight()
+        require_checkpoint("model.qwen", self.model.qwen)
+
+
+def require_checkpoint(key: str, directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config.json of a Qwen2.5-VL checkpoint directory; UserError when it is something else."""
+    config = Path(directory) / "config.json"
+    if not config.is_file():
+        raise UserError(f"{key}: {directory} holds no config.json; give a Qwen2.5-VL or Nexus-Gen checkpoint directory")
+    values = json.loads(config.read_text(encoding="utf-8"))
+    if values.get("model_type") != "qwen2_5_vl":
+        raise UserError(f"{key}: {directory} holds a {values.get('model_type')} model; a qwen2_5_vl one is needed")
+    return values
+
+
+SCHEMAS: dict[str, type[StageConfig]] = {
+    "shapes": ShapesStageConfig,
+    "standins": StandinsStageConfig,
+    "pretrain": PretrainConfig,
+    "embed_generation": EmbedGenerationConfig,
+    "embed_editing": EmbedEditingConfig,
+    "generation_decoder": GenerationDecoderConfig,
+    "editing_decoder": EditingDecoderConfig,
+}

@@ -1,0 +1,76 @@
+"""One process of one stage: where it stands among the others, and how its artifact comes to be."""
+
+import json
+import logging
+import os
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed
+
+from nexus_gen.specs.artifact import Manifest, building, seal
+from train.schemas.fields import fingerprint_values, input_fingerprints
+from train.schemas.stages import StageConfig
+
+log = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=StageConfig)
+
+
+class Stage(ABC, Generic[Config]):
+    """Base of the stages: `run` reads typed artifacts and writes one."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.run_dir = config.run_dir
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        wanted = config.launch.device
+        self.device_type = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+        self.device = (
+            torch.device(self.device_type, self.local_rank) if self.device_type == "cuda" else torch.device("cpu")
+        )
+
+    @abstractmethod
+    def run(self) -> bool:
+        """Do the work; False when it was interrupted after a checkpoint and no artifact was written."""
+
+    def start_process_group(self) -> None:
+        """NCCL on GPUs, gloo on CPUs; for stages whose engine does not do it."""
+        if not torch.distributed.is_initialized():
+            if self.device_type == "cuda":
+                torch.cuda.set_device(self.device)
+            torch.distributed.init_process_group("nccl" if self.device_type == "cuda" else "gloo")
+
+    def barrier(self) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+
+    def write_artifact(self, fill: Callable[[Path], dict[str, Any]], keep_partial: bool = False) -> None:
+        """Rank zero builds artifact/ with `fill` (directory -> details), seals and renames it; the others wait."""
+        if self.rank == 0:
+            with building(self.config.artifact_dir, keep_partial) as directory:
+                details = fill(directory)
+                manifest = Manifest(
+                    kind=self.config.kind,
+                    stage=self.config.stage,
+                    config=fingerprint_values(self.config),
+                    inputs=input_fingerprints(self.config),
+                    code=json.loads((self.run_dir / "environment.json").read_text(encoding="utf-8")),
+                    details=details,
+                )
+                seal(directory, manifest)
+        self.barrier()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch alike on every rank; what must differ per sample derives from the sample's index."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
