@@ -32,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
         description="Run one stage or a pipeline of stages.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"stages: {stages}\npipelines: {pipelines}\n\n"
-        "Overrides are key=value (trainer.max_steps=100) or group=file (launch=slurm). In a pipeline a key goes to every\n"
-        "stage that reads it; STAGE.key=value goes to one. from=STAGE runs that stage again and goes on from there.",
+        "Overrides are key=value (trainer.max_steps=100) or group=file (launch=slurm). In a pipeline a key goes to\n"
+        "every stage that reads it; STAGE.key=value goes to one. from=STAGE runs that stage again and goes on.",
     )
     result.add_argument("overrides", nargs="*", metavar="key=value", help="stage=..., pipeline=..., and values")
     result.add_argument("--cfg", action="store_true", help="print the resolved config and stop")
@@ -93,7 +93,7 @@ def compose_pipeline(pipeline: str, given: list[Override]) -> list[StageConfig]:
         if stage in plan.get("experiments", {}):
             own.append(Override.parse(f"experiment={plan['experiments'][stage]}"))
         for override in overrides:
-            section, _, key = override.key.partition(".")
+            section = override.key.split(".")[0]
             if section in SCHEMAS:
                 mine = Override.parse(override.text.replace(f"{section}.", "", 1)) if section == stage else None
             else:
@@ -124,10 +124,12 @@ def describe(config: StageConfig) -> str:
     ]
     trainer = getattr(config, "trainer", None)
     if trainer is not None:
-        lines.append(
-            f"  batch: {trainer.global_batch_size} = {trainer.micro_batch_size} per process x {launch.world_size} processes"
-            f" x {trainer.accumulation(launch.world_size)} accumulated; {trainer.max_steps} steps, ZeRO-{trainer.zero_stage}, {trainer.precision}"
-        )
+        accumulation = trainer.accumulation(launch.world_size)
+        lines += [
+            f"  batch: {trainer.global_batch_size} = {trainer.micro_batch_size} per process"
+            f" x {launch.world_size} processes x {accumulation} accumulated",
+            f"  training: {trainer.max_steps} steps, ZeRO-{trainer.zero_stage}, {trainer.precision}",
+        ]
     lines += [f"  reads {role}: {where}" for role, where in config.inputs().items()]
     config_path = config.run_dir / "config.yaml"
     if launch.kind == "slurm":
@@ -151,9 +153,9 @@ def run_stage(config: StageConfig, again: bool) -> int:
     status = start(config.launch, config_path)
     took = time.monotonic() - began
     if status:
+        where = config.run_dir / "log"
         print(
-            f"error: stage={config.stage} stopped with status {status} after {took:.0f} s; see {config.run_dir / 'log'}",
-            file=sys.stderr,
+            f"error: stage={config.stage} stopped with status {status} after {took:.0f} s; see {where}", file=sys.stderr
         )
         return status
     if not (config.artifact_dir / MANIFEST).is_file():

@@ -41,15 +41,7 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Hash of what the artifact is made of; creation time and commit do not enter."""
-        return digest(
-            {
-                "kind": self.kind,
-                "config": self.config,
-                "inputs": self.inputs,
-                "details": self.details,
-                "files": self.files,
-            }
-        )
+        return digest([self.kind, self.config, self.inputs, self.details, self.files])
 
     @staticmethod
     def load(directory: str | os.PathLike[str]) -> "Manifest":

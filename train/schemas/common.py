@@ -119,10 +119,10 @@ class TrainerConfig:
         per_pass = self.micro_batch_size * world_size
         if self.global_batch_size % per_pass:
             below = self.global_batch_size // per_pass * per_pass
-            valid = [str(size) for size in (below, below + per_pass) if size]
+            valid = " and ".join(str(size) for size in (below, below + per_pass) if size)
             raise UserError(
                 f"trainer.global_batch_size {self.global_batch_size} is not a multiple of micro batch "
-                f"{self.micro_batch_size} x {world_size} processes; {' and '.join(valid)} {'is' if len(valid) == 1 else 'are'}"
+                f"{self.micro_batch_size} x {world_size} processes; {valid} would do"
             )
         return self.global_batch_size // per_pass
 
@@ -160,7 +160,8 @@ class DiffusionConfig:
         head_width = self.transformer.hidden_size // self.transformer.num_heads
         if sum(self.transformer.rope_axes_dim) != head_width:
             raise UserError(
-                f"model.transformer.rope_axes_dim sums to {sum(self.transformer.rope_axes_dim)}; the head width is {head_width}"
+                f"model.transformer.rope_axes_dim sums to {sum(self.transformer.rope_axes_dim)}; "
+                f"the head width is {head_width}"
             )
         if self.vae.latent_channels != self.transformer.latent_channels:
             raise UserError(

@@ -49,7 +49,7 @@ def typed(stage: str, values: dict[str, Any]) -> StageConfig:
 
 
 def fingerprint_values(config: StageConfig) -> dict[str, Any]:
-    """The values that decide what a stage makes: no paths (their content counts), nothing that only changes how it runs."""
+    """The values that decide what a stage makes: no paths (their content counts), nothing of how it runs."""
     left_out = {key for key, field in walk(type(config)) if field.metadata.keys() & {"path", "runtime"}}
 
     def kept(values: dict[str, Any], prefix: str) -> dict[str, Any]:

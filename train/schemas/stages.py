@@ -129,7 +129,9 @@ class StandinsStageConfig(StageConfig):
 
 @dataclass
 class PretrainObjective:
-    """Loss = text_loss_weight x cross-entropy + image_loss_weight x ((1 - cosine_fraction) MSE + cosine_fraction (1 - cos))."""
+    """loss = text_loss_weight x cross-entropy + image_loss_weight x image loss, where
+    image loss = (1 - cosine_fraction) x MSE + cosine_fraction x mean(1 - cosine).
+    """
 
     text_loss_weight: float
     image_loss_weight: float
