@@ -1,0 +1,124 @@
+"""`nexus-gen understand | generate | edit`: arguments and their checks; models load only after those pass.
+
+nexus-gen understand --input-image photo.png --prompt "How many shapes are there?"
+nexus-gen generate --prompt "a red circle on a white background" --result-path circle.png
+nexus-gen edit --input-image photo.png --instruction "make the circle blue" --result-path blue.png
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.models import DECODER_KINDS, ModelPaths
+from nexus_gen.specs.prompts import LANGUAGES
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def parser(command: str) -> argparse.ArgumentParser:
+    summaries = {
+        "understand": "Answer a question about a picture.",
+        "generate": "Paint a picture from a prompt.",
+        "edit": "Repaint a picture by an instruction.",
+    }
+    result = argparse.ArgumentParser(prog=f"nexus-gen {command}", description=summaries[command])
+    models = result.add_argument_group("models (a run's artifacts unless given one by one)")
+    runs = os.environ.get("NEXUS_GEN_RUNS", "runs")
+    models.add_argument("--run", type=Path, default=Path(runs) / "tiny", help="run directory (default: %(default)s)")
+    models.add_argument("--autoregressive", type=Path, help="autoregressive checkpoint directory")
+    result.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    result.add_argument("--seed", type=int, default=42)
+    if command == "understand":
+        result.add_argument("--input-image", type=Path, required=True)
+        result.add_argument("--prompt", required=True, help="the question")
+        result.add_argument("--max-new-tokens", type=int, default=256)
+        return result
+    models.add_argument("--decoder", type=Path, help="decoder file (.safetensors or .bin) or artifact directory")
+    models.add_argument("--flux", type=Path, help="FLUX.1-dev directory")
+    if command == "generate":
+        result.add_argument("--prompt", required=True, help="what to paint")
+        result.add_argument("--result-path", type=Path, default=Path("generation.png"))
+    else:
+        result.add_argument("--input-image", type=Path, required=True)
+        result.add_argument("--instruction", required=True, help="what to change")
+        result.add_argument("--result-path", type=Path, default=Path("editing.png"))
+        result.add_argument(
+            "--use-generation-decoder",
+            action="store_true",
+            help="paint from the 81 target embeddings alone, without the source's",
+        )
+    result.add_argument("--language", choices=LANGUAGES, default="en", help="language of the words around the prompt")
+    result.add_argument("--width", type=int, help="pixels (default: the size the decoder was trained at)")
+    result.add_argument("--height", type=int, help="pixels")
+    result.add_argument("--num-inference-steps", type=int, help="Euler steps (default: the decoder's)")
+    result.add_argument(
+        "--cfg-scale", type=float, help="classifier-free guidance; 1 switches it off (default: the decoder's)"
+    )
+    result.add_argument("--embedded-guidance", type=float, help="FLUX's distilled guidance (default: the decoder's)")
+    result.add_argument("--negative-prompt", default="", help="what classifier-free guidance moves away from")
+    return result
+
+
+def check(command: str, arguments: argparse.Namespace) -> ModelPaths:
+    """Everything that can be wrong before weights are read."""
+    image = getattr(arguments, "input_image", None)
+    if image is not None and not image.is_file():
+        raise UserError(f"--input-image {image} does not exist; check the path")
+    for name in ("width", "height", "num_inference_steps"):
+        value = getattr(arguments, name, None)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    result_path = getattr(arguments, "result_path", None)
+    if result_path is not None and result_path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--result-path {result_path} has no picture suffix; end it in .png, .jpg or .webp")
+    decoder = None
+    if command != "understand":
+        generation = command == "generate" or arguments.use_generation_decoder
+        decoder = DECODER_KINDS[0] if generation else DECODER_KINDS[1]
+    return ModelPaths.find(
+        arguments.run,
+        decoder=decoder,
+        autoregressive=arguments.autoregressive,
+        decoder_path=getattr(arguments, "decoder", None),
+        flux=getattr(arguments, "flux", None),
+    )
+
+
+def save_atomic(image: "Image", path: Path) -> None:
+    """Write a picture beside its place and rename it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.stem}.partial{path.suffix}")
+    image.save(aside)
+    os.replace(aside, path)
+
+
+def main(argv: list[str]) -> int:
+    command = argv[0]
+    arguments = parser(command).parse_args(argv[1:])
+    paths = check(command, arguments)
+    from nexus_gen.inference import NexusGen  # loads torch: only once the arguments hold
+
+    model = NexusGen(paths, device=arguments.device)
+    if command == "understand":
+        print(model.understand(arguments.input_image, arguments.prompt, arguments.max_new_tokens))
+        return 0
+    sampling = {
+        "language": arguments.language,
+        "width": arguments.width,
+        "height": arguments.height,
+        "num_inference_steps": arguments.num_inference_steps,
+        "cfg_scale": arguments.cfg_scale,
+        "embedded_guidance": arguments.embedded_guidance,
+        "negative_prompt": arguments.negative_prompt,
+        "seed": arguments.seed,
+    }
+    if command == "generate":
+        image = model.generate(arguments.prompt, **sampling)
+    else:
+        image = model.edit(arguments.input_image, arguments.instruction, **sampling)
+    save_atomic(image, arguments.result_path)
+    print(arguments.result_path)
+    return 0

@@ -1,0 +1,77 @@
+"""Where the models of an inference command are: a finished run, or paths given one by one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nexus_gen.specs.artifact import MANIFEST, Manifest
+from nexus_gen.specs.errors import UserError
+
+DECODER_KINDS = ("generation_decoder", "editing_decoder")
+DECODER_FILES = {"generation_decoder": "generation_decoder.safetensors", "editing_decoder": "edit_decoder.safetensors"}
+# Sampling and geometry of the released decoders, which come as bare files; artifacts carry their own in `details`.
+RELEASED: dict[str, dict[str, Any]] = {
+    kind: {
+        "transformer": {
+            "hidden_size": 3072,
+            "num_heads": 24,
+            "num_joint_blocks": 19,
+            "num_single_blocks": 38,
+            "context_dim": 4096,
+            "pooled_dim": 768,
+            "rope_axes_dim": [16, 56, 56],
+            "latent_channels": 16,
+            "patch_size": 2,
+        },
+        "vae": {"channels": [128, 256, 512, 512], "num_res_blocks": 2, "norm_groups": 32, "latent_channels": 16},
+        "image_size": 512,
+        "embed_dim": 3584,
+        "sampling": {"num_inference_steps": 50, "cfg_scale": cfg_scale, "embedded_guidance": 3.5},
+    }
+    for kind, cfg_scale in zip(DECODER_KINDS, (3.0, 1.0), strict=True)
+}
+
+
+@dataclass(frozen=True)
+class ModelPaths:
+    """autoregressive: checkpoint directory. decoder_kind, decoder, flux: None for a command that paints nothing.
+
+    details: the decoder's `transformer`, `vae`, `image_size`, `embed_dim` and `sampling` defaults.
+    """
+
+    autoregressive: Path
+    decoder_kind: str | None = None
+    decoder: Path | None = None
+    flux: Path | None = None
+    details: dict[str, Any] | None = None
+
+    @staticmethod
+    def find(
+        run: Path,
+        *,
+        decoder: str | None,
+        autoregressive: Path | None = None,
+        decoder_path: Path | None = None,
+        flux: Path | None = None,
+    ) -> "ModelPaths":
+        """Explicit paths first, the run's artifacts otherwise; UserError names what is missing and what makes it."""
+        autoregressive = autoregressive or run / "pretrain" / "artifact"
+        if not (autoregressive / "config.json").is_file():
+            raise UserError(
+                f"{autoregressive} holds no checkpoint; finish stage=pretrain of {run}, or give --autoregressive"
+            )
+        if decoder is None:
+            return ModelPaths(autoregressive)
+        where = decoder_path or run / decoder / "artifact"
+        if not where.exists():
+            raise UserError(f"{where} does not exist; finish stage={decoder} of {run}, or give --decoder")
+        details = RELEASED[decoder]
+        if (where / MANIFEST).is_file():
+            details = Manifest.load(where).require(decoder, where).details
+            where = where / DECODER_FILES[decoder]
+        flux = flux or run / "standins" / "artifact" / "FLUX.1-dev"
+        if not flux.is_dir():
+            raise UserError(
+                f"{flux} does not exist; give --flux with a FLUX.1-dev directory (its VAE and text encoders are needed)"
+            )
+        return ModelPaths(autoregressive, decoder, where, flux, details)
