@@ -115,7 +115,8 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
     def __init__(self, config: Qwen2_5_VLConfig) -> None:
         super().__init__(config)
-        width = config.text_config.hidden_size
+        text_config: Any = config.text_config
+        width = text_config.hidden_size
         self.vision_head = nn.Linear(width, width, bias=False)
         self.image_prefill_embeds = nn.Embedding(NUM_TARGET_TOKENS, width)
         self.loss_weights = LossWeights()
@@ -184,16 +185,17 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         )
 
     def splice_inputs(
-        self, input_ids: Tensor, labels: Tensor, pixel_values: Tensor | None, image_grid_thw: Tensor | None
+        self, input_ids: Tensor, labels: Tensor | None, pixel_values: Tensor | None, image_grid_thw: Tensor | None
     ) -> SplicedInputs:
         """Embed text, put vision embeddings at context images and prefill embeddings at target images.
 
-        Shapes as in `forward`. The gradient of the vision tower comes from context images alone.
+        Shapes as in `forward`; without labels every image is context. Targets are detached, so the gradient of the
+        vision tower comes from context images alone.
         Raises ValueError when a target image has more tokens than there are prefill embeddings.
         """
         inputs_embeds = self.get_input_embeddings()(input_ids)
         image_mask = input_ids == self.config.image_token_id
-        target_mask = image_mask & (labels == self.config.image_token_id)
+        target_mask = torch.zeros_like(image_mask) if labels is None else labels == self.config.image_token_id
         if pixel_values is None:
             vision_ND = self._vision_embeds_of_nothing()
             inputs_embeds = inputs_embeds + 0 * vision_ND.sum().to(inputs_embeds.dtype)
@@ -241,7 +243,7 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
     def _vision_embeds_of_nothing(self) -> Tensor:
         """(1, D): the tower on one black token, so that a rank without images runs the same modules as the others."""
-        config = self.config.vision_config
+        config: Any = self.config.vision_config
         side = config.spatial_merge_size
         patch_values = config.in_channels * config.temporal_patch_size * config.patch_size**2
         patches = torch.zeros(side * side, patch_values, device=self.device, dtype=self.model.visual.dtype)

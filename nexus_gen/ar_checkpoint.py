@@ -1,0 +1,319 @@
+"""Load, save and build the autoregressive model in the released layout.
+
+On disk the keys are `visual.*`, `model.embed_tokens`, `model.layers.*`, `model.norm`, `lm_head`, `vision_head` and
+`image_prefill_embeds`, and config.json is flat (the text fields at its top), as transformers 4.49 wrote them: the
+published code reads what is saved here. A plain Qwen2.5-VL checkpoint lacks the last two tensors.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+from nexus_gen.autoregressive import NexusGenForConditionalGeneration
+from nexus_gen.specs.artifact import building, write_text_atomic
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.geometry import MERGE_SIZE, LanguageGeometry, VisionGeometry
+
+ADDED_KEYS = ("vision_head.weight", "image_prefill_embeds.weight")
+ADDED_STD = 0.02  # the tensors that a plain Qwen2.5-VL lacks start from N(0, 0.02)
+VISION_PREFIX = "visual."
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+# Everything of a released directory that is not weights or model config; which of them exist depends on its age.
+PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+TEXT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "use_sliding_window",
+    "max_window_layers",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+VISION_FIELDS = (
+    "depth",
+    "hidden_size",
+    "hidden_act",
+    "intermediate_size",
+    "num_heads",
+    "in_channels",
+    "patch_size",
+    "spatial_merge_size",
+    "temporal_patch_size",
+    "tokens_per_second",
+    "window_size",
+    "fullatt_block_indexes",
+    "out_hidden_size",
+)
+
+
+@dataclass(frozen=True)
+class SpecialTokenIds:
+    """Ids that the model itself needs; `end_of_turn` ends a reply, `padding` fills batches."""
+
+    image: int
+    video: int
+    vision_start: int
+    vision_end: int
+    end_of_turn: int
+    padding: int
+
+
+def build_autoregressive(
+    vision: VisionGeometry, language: LanguageGeometry, tokens: SpecialTokenIds, *, seed: int
+) -> NexusGenForConditionalGeneration:
+    """A randomly initialised model in float32 on the CPU; the caller's random state is left alone."""
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": language.vocab_size,
+            "hidden_size": language.hidden_size,
+            "intermediate_size": language.intermediate_size,
+            "num_hidden_layers": language.num_layers,
+            "num_attention_heads": language.num_heads,
+            "num_key_value_heads": language.num_key_value_heads,
+            "rms_norm_eps": language.rms_norm_eps,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": language.rope_theta,
+                "mrope_section": list(language.mrope_section),
+            },
+            "bos_token_id": tokens.padding,  # as Qwen has it: <|endoftext|> is both
+            "eos_token_id": tokens.end_of_turn,
+            "pad_token_id": tokens.padding,
+        },
+        vision_config={
+            "depth": vision.depth,
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "num_heads": vision.num_heads,
+            "patch_size": vision.patch_size,
+            "window_size": vision.window_size,
+            "fullatt_block_indexes": list(vision.fullatt_block_indexes),
+            "spatial_merge_size": MERGE_SIZE,
+            "tokens_per_second": 2,
+            "out_hidden_size": language.hidden_size,
+        },
+        image_token_id=tokens.image,
+        video_token_id=tokens.video,
+        vision_start_token_id=tokens.vision_start,
+        vision_end_token_id=tokens.vision_end,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return NexusGenForConditionalGeneration(config)
+
+
+def load_autoregressive(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    init_seed: int = 0,
+) -> NexusGenForConditionalGeneration:
+    """Load a released, exported or plain Qwen2.5-VL checkpoint, in eval mode.
+
+    init_seed: seeds the two tensors that a plain Qwen2.5-VL lacks, N(0, 0.02).
+    Raises UserError on a missing directory or file, a damaged shard, and on keys that are missing, left over or of
+    another shape than the model's.
+    """
+    directory = Path(path)
+    config = _load_config(directory)
+    _check_shards(directory)
+    loaded: Any = NexusGenForConditionalGeneration.from_pretrained(
+        directory,
+        config=config,
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,  # reported below, by name, instead of raised with a traceback
+        output_loading_info=True,
+    )
+    model, info = loaded
+    missing = set(info["missing_keys"])
+    if missing >= set(ADDED_KEYS):
+        missing -= set(ADDED_KEYS)
+        _initialise_added(model, init_seed)
+    _require_exact(directory, missing, set(info["unexpected_keys"]), info["mismatched_keys"])
+    return model.eval()
+
+
+def load_vision_tower(
+    path: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+) -> Qwen2_5_VisionTransformerPretrainedModel:
+    """Load only the vision tower of a checkpoint, in eval mode, without reading the language model.
+
+    Raises UserError as `load_autoregressive` does.
+    """
+    directory = Path(path)
+    vision_config: Any = _load_config(directory).vision_config
+    tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(vision_config, dtype=dtype)
+    weights: dict[str, Tensor] = {}
+    for file in _check_shards(directory):
+        with safe_open(file, "pt") as shard:
+            weights |= {
+                key.removeprefix(VISION_PREFIX): shard.get_tensor(key)
+                for key in shard.keys()  # noqa: SIM118 (a safetensors handle is not a mapping)
+                if key.startswith(VISION_PREFIX)
+            }
+    expected = {key: tensor.shape for key, tensor in tower.state_dict().items()}
+    mismatched = {
+        (key, weights[key].shape, expected[key])
+        for key in expected.keys() & weights.keys()
+        if weights[key].shape != expected[key]
+    }
+    _require_exact(directory, expected.keys() - weights.keys(), weights.keys() - expected.keys(), mismatched)
+    tower.load_state_dict(weights)
+    return tower.to(device).eval()
+
+
+def save_autoregressive(
+    model: NexusGenForConditionalGeneration,
+    path: str | os.PathLike[str],
+    *,
+    processor_from: str | os.PathLike[str] | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+    as_qwen: bool = False,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write the released layout; it replaces the directory `path` when it is complete.
+
+    processor_from: a checkpoint whose tokenizer and processor files are copied. state_dict: weights gathered by a
+    trainer, under the model's in-memory names, where the model's own are partitioned. as_qwen: leave out the two
+    added tensors, which makes a plain Qwen2.5-VL checkpoint.
+    """
+    weights: dict[str, Tensor] = model.state_dict() if state_dict is None else state_dict
+    if as_qwen:
+        weights = {key: tensor for key, tensor in weights.items() if key not in ADDED_KEYS}
+    dtype = next(iter(weights.values())).dtype
+    with building(path) as partial:
+        model.save_pretrained(partial, state_dict=weights, max_shard_size=max_shard_size)
+        text = json.dumps(_released_config(model.config, dtype), indent=2, ensure_ascii=False) + "\n"
+        write_text_atomic(partial / "config.json", text)
+        for name in PROCESSOR_FILES if processor_from is not None else ():
+            source = Path(processor_from or "") / name
+            if source.is_file():
+                shutil.copyfile(source, partial / name)
+
+
+def load_processor(path: str | os.PathLike[str]) -> Qwen2_5_VLProcessor:
+    """The tokenizer and image processor of a checkpoint; UserError when they are missing or unreadable."""
+    try:
+        return Qwen2_5_VLProcessor.from_pretrained(Path(path), local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(f"{path} holds no readable tokenizer and processor ({first_line}); copy them there") from error
+
+
+def _load_config(directory: Path) -> Qwen2_5_VLConfig:
+    file = directory / "config.json"
+    if not file.is_file():
+        raise UserError(f"{directory} is not a checkpoint (no config.json); give the directory of a Qwen2.5-VL model")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        if fields.get("model_type") != Qwen2_5_VLConfig.model_type:
+            raise UserError(
+                f"{file} describes a {fields.get('model_type')} model where {Qwen2_5_VLConfig.model_type} is needed; "
+                "give the directory of a Qwen2.5-VL model"
+            )
+        return Qwen2_5_VLConfig.from_dict(fields)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{file} is not a readable model config ({error}); copy it again") from error
+
+
+def _check_shards(directory: Path) -> list[Path]:
+    """The checkpoint's weight files; UserError when one is missing or cut short. Reads headers only."""
+    index = directory / INDEX_FILE
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index} is not a readable shard index ({error}); copy it again") from error
+    else:
+        names = [SINGLE_FILE]
+    for name in names:
+        file = directory / name
+        if not file.is_file():
+            raise UserError(f"{directory} lacks its weight file {name}; copy it there")
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged or cut short ({error}); copy it again") from error
+    return [directory / name for name in names]
+
+
+def _require_exact(directory: Path, missing: set[str], unexpected: set[str], mismatched: set[Any]) -> None:
+    """UserError that names every key in which a checkpoint and the model differ; shapes as (key, file's, model's)."""
+    problems = [
+        *([f"missing {', '.join(sorted(missing))}"] if missing else []),
+        *([f"unexpected {', '.join(sorted(unexpected))}"] if unexpected else []),
+        *(f"{key} is {tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in sorted(mismatched)),
+    ]
+    if problems:
+        raise UserError(
+            f"the weights in {directory} do not fit its config.json: {'; '.join(problems)}; copy them again"
+        )
+
+
+@torch.no_grad()
+def _initialise_added(model: NexusGenForConditionalGeneration, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)  # on the CPU in float32: the same numbers on every device
+    for weight in (model.vision_head.weight, model.image_prefill_embeds.weight):
+        weight.copy_(torch.randn(weight.shape, generator=generator) * ADDED_STD)
+
+
+def _released_config(config: Qwen2_5_VLConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The flat config.json of transformers 4.49, which later releases read too."""
+    text: Any = config.text_config
+    vision: Any = config.vision_config
+    rope = text.rope_parameters
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": config.model_type,
+        **{name: getattr(text, name) for name in TEXT_FIELDS},
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "image_token_id": config.image_token_id,
+        "video_token_id": config.video_token_id,
+        "vision_start_token_id": config.vision_start_token_id,
+        "vision_end_token_id": config.vision_end_token_id,
+        "vision_config": {
+            "model_type": config.model_type,
+            **{name: getattr(vision, name) for name in VISION_FIELDS},
+        },
+    }

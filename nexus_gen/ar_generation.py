@@ -1,0 +1,276 @@
+"""Text and image embeddings out of the autoregressive model.
+
+A reply is decoded token by token with a key-value cache until the model emits vision_start. The inputs of the image
+that follows are known beforehand (the prefill embeddings), so one forward pass over vision_start, the 81 prefill
+embeddings and vision_end yields the 81 embeddings and the next text token: one step where a loop would take 83.
+
+Legend: B rows, L new positions of a step, D width, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+from transformers.generation import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+from nexus_gen.autoregressive import NexusGenForConditionalGeneration, index_within_runs
+from nexus_gen.specs.geometry import MERGE_SIZE, NUM_TARGET_TOKENS, TARGET_GRID
+
+TARGET_SIDE = TARGET_GRID // MERGE_SIZE  # 9 merged tokens
+PositionsAfterImage = Literal["published", "trained"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a text token is chosen; the defaults are greedy.
+
+    temperature > 0, top_p in (0, 1], top_k >= 0 (0 keeps all), repetition_penalty > 0 (1 is none, and it also acts
+    on greedy choice). Raises ValueError outside these ranges.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.repetition_penalty <= 0:
+            raise ValueError(f"{self} is out of range: temperature > 0, 0 < top_p <= 1, top_k >= 0, penalty > 0")
+
+    @property
+    def processors(self) -> LogitsProcessorList:
+        """transformers' processors for these options, in the order in which `generate` applies them."""
+        processors = LogitsProcessorList()
+        if self.repetition_penalty != 1:
+            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.do_sample:
+            processors.append(TemperatureLogitsWarper(self.temperature))
+            if self.top_k:
+                processors.append(TopKLogitsWarper(self.top_k))
+            if self.top_p < 1:
+                processors.append(TopPLogitsWarper(self.top_p))
+        return processors
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What `generate_reply` returns.
+
+    sequences: (B, S) prompts followed by replies, padded on the right after a reply's end.
+    new_tokens: per row the reply alone, unpadded. image_embeds: per row its images, (81, D) each.
+    """
+
+    sequences: Tensor
+    new_tokens: list[Tensor]
+    image_embeds: list[list[Tensor]]
+
+
+@torch.no_grad()
+def generate_reply(
+    model: NexusGenForConditionalGeneration,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    pixel_values: Tensor | None = None,
+    image_grid_thw: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    generator: torch.Generator | None = None,
+    force_image_first: bool = False,
+    positions_after_image: PositionsAfterImage = "published",
+) -> Reply:
+    """Continue prompts with text and images.
+
+    input_ids, attention_mask: (B, S), prompts padded on the left. pixel_values, image_grid_thw: all context images of
+    the batch in row order. max_new_tokens counts image tokens; an image begun within it is finished. A row ends at
+    an end-of-sequence token. force_image_first: the first new token is vision_start.
+    positions_after_image: where text continues behind an image at position p. "published" counts its tokens (p + 81),
+    as the published generation does; "trained" counts its side (p + 9), as training does.
+    generator: on the model's device; seeds `do_sample`.
+    Raises ValueError on prompts padded on the right or ending in vision_start.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if not bool(attention_mask[:, -1].all()):
+        raise ValueError("prompts must be padded on the left: attention_mask ends in 0")
+    if bool((input_ids[:, -1] == model.config.vision_start_token_id).any()):
+        raise ValueError("a prompt ends in vision_start; leave it out and set force_image_first")
+
+    decoding = _Decoding(model, attention_mask, positions_after_image)
+    logits_BV = decoding.prefill(input_ids, pixel_values, image_grid_thw)
+    processors: Any = (sampling or Sampling()).processors
+    do_sample = sampling is not None and sampling.do_sample
+    prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+    replies: list[list[int]] = [[] for _ in prompts]
+    ends, pad_id = _end_tokens(model)
+    forced = force_image_first
+    is_open = [max_new_tokens > 0] * len(prompts)
+    while any(is_open):
+        if forced:
+            next_tokens = [model.config.vision_start_token_id] * len(prompts)
+            forced = False
+        else:
+            logits_BV[:, model.config.vision_end_token_id] = -torch.inf  # only the end of an image emits it
+            scores_BV = processors(_rectangle(prompts, replies, input_ids), logits_BV)
+            chosen_B = (
+                torch.multinomial(scores_BV.softmax(-1), 1, generator=generator).squeeze(1)
+                if do_sample
+                else scores_BV.argmax(-1)
+            )
+            next_tokens = chosen_B.tolist()
+        fed: list[int | None] = [token if is_open[row] else None for row, token in enumerate(next_tokens)]
+        for row, token in enumerate(fed):
+            if token is None:
+                continue
+            replies[row].append(token)
+            is_image = token == model.config.vision_start_token_id
+            if is_image:
+                replies[row] += [model.config.image_token_id] * NUM_TARGET_TOKENS + [model.config.vision_end_token_id]
+            is_open[row] = token not in ends and len(replies[row]) < max_new_tokens
+            if not is_open[row] and not is_image:
+                fed[row] = None  # nothing reads what would follow
+        if any(token is not None for token in fed):
+            logits_BV = decoding.step(fed)
+
+    new_tokens = [torch.tensor(reply, dtype=input_ids.dtype, device=input_ids.device) for reply in replies]
+    padded = pad_sequence(new_tokens, batch_first=True, padding_value=pad_id)
+    return Reply(torch.cat([input_ids, padded], dim=1), new_tokens, decoding.image_embeds)
+
+
+@torch.no_grad()
+def teacher_forced_embeddings(model: NexusGenForConditionalGeneration, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """The embeddings that the model predicts for every target image of a batch, in order, (81, D) each.
+
+    batch: what `forward` takes, labels included.
+    """
+    predicted_ND = model(**batch).predicted_embeds
+    starts = (index_within_runs(batch["labels"] == model.config.image_token_id) == 0).nonzero().flatten().tolist()
+    return [predicted_ND[start:end] for start, end in zip(starts, [*starts[1:], len(predicted_ND)], strict=True)]
+
+
+@torch.no_grad()
+def vision_embeddings(
+    model: NexusGenForConditionalGeneration | Qwen2_5_VisionTransformerPretrainedModel,
+    pixel_values: Tensor,
+    image_grid_thw: Tensor,
+) -> Tensor:
+    """Merged vision embeddings (N, D) of images, by the whole model or by its vision tower alone.
+
+    pixel_values: (patches, channels x 2 x patch x patch); image_grid_thw: (images, 3); N is the patches over 4.
+    """
+    tower = model.model.visual if isinstance(model, NexusGenForConditionalGeneration) else model
+    return tower(pixel_values.to(tower.dtype), grid_thw=image_grid_thw).pooler_output
+
+
+class _Decoding:
+    """The cache of a batch and what its rows need to grow at different paces.
+
+    Rows take steps of different length (1 for text, 83 for an image, 0 when finished): a step is as long as its
+    longest row, shorter rows are padded on the left, and the attention mask hides that padding for good.
+    """
+
+    def __init__(
+        self,
+        model: NexusGenForConditionalGeneration,
+        attention_mask: Tensor,
+        positions_after_image: PositionsAfterImage,
+    ) -> None:
+        self.model = model
+        self.attention_mask = attention_mask
+        self.image_advance = NUM_TARGET_TOKENS if positions_after_image == "published" else TARGET_SIDE
+        self.image_embeds: list[list[Tensor]] = [[] for _ in range(attention_mask.shape[0])]
+        self.next_positions: list[int] = []
+        text_config: Any = model.config.text_config
+        self.cache = DynamicCache(config=text_config)
+        device = attention_mask.device
+        side = torch.arange(TARGET_SIDE, device=device)
+        row_N, column_N = side.repeat_interleave(TARGET_SIDE), side.repeat(TARGET_SIDE)
+        grid_3N = torch.stack([torch.zeros_like(row_N), row_N, column_N])
+        # Positions of vision_start, the image and vision_end, counted from vision_start.
+        self.image_positions = torch.cat(
+            [grid_3N.new_zeros(3, 1), 1 + grid_3N, grid_3N.new_full((3, 1), 1 + self.image_advance)], dim=1
+        )
+
+    def prefill(self, input_ids: Tensor, pixel_values: Tensor | None, image_grid_thw: Tensor | None) -> Tensor:
+        """Run the prompts; float32 logits (B, V) of the first new token."""
+        embeds_BSD = self.model.splice_inputs(input_ids, None, pixel_values, image_grid_thw).inputs_embeds
+        position_ids = self.model.rope_position_ids(input_ids, self.attention_mask, image_grid_thw)
+        last_B = position_ids.amax(0).masked_fill(self.attention_mask == 0, -1).amax(1)
+        self.next_positions = (last_B + 1).tolist()
+        return self._logits(self._forward(embeds_BSD, position_ids))
+
+    def step(self, tokens: list[int | None]) -> Tensor:
+        """Feed every row its newest token (None: finished); float32 logits (B, V) of the next one.
+
+        A vision_start feeds the whole image and vision_end too, and adds to the row's `image_embeds`.
+        """
+        device = self.attention_mask.device
+        image_rows = [row for row, token in enumerate(tokens) if token == self.model.config.vision_start_token_id]
+        length = NUM_TARGET_TOKENS + 2 if image_rows else 1
+        present = torch.tensor([token is not None for token in tokens], device=device)
+        ids_B = torch.tensor([token or 0 for token in tokens], device=device)
+        embed = self.model.get_input_embeddings()
+        text_BD = embed(ids_B)
+        embeds_BLD = text_BD.new_zeros(len(tokens), length, text_BD.shape[-1])
+        embeds_BLD[:, -1] = text_BD
+        new_mask_BL = self.attention_mask.new_zeros(len(tokens), length)
+        new_mask_BL[:, -1] = present
+        position_ids = torch.zeros(3, len(tokens), length, dtype=torch.long, device=device)
+        position_ids[:, :, -1] = torch.tensor(self.next_positions, device=device)
+        if image_rows:
+            prefill_ND = self.model.image_prefill_embeds(torch.arange(NUM_TARGET_TOKENS, device=device))
+            end_D = embed(torch.tensor([self.model.config.vision_end_token_id], device=device))
+            for row in image_rows:
+                embeds_BLD[row] = torch.cat([text_BD[row : row + 1], prefill_ND, end_D])
+                new_mask_BL[row] = 1
+                position_ids[:, row] = self.next_positions[row] + self.image_positions
+        self.attention_mask = torch.cat([self.attention_mask, new_mask_BL], dim=1)
+        hidden_BLD = self._forward(embeds_BLD, position_ids)
+        for row, token in enumerate(tokens):
+            if row in image_rows:
+                self.image_embeds[row].append(self.model.vision_head(hidden_BLD[row, :NUM_TARGET_TOKENS]))
+                self.next_positions[row] += 2 + self.image_advance
+            elif token is not None:
+                self.next_positions[row] += 1
+        return self._logits(hidden_BLD)
+
+    def _forward(self, embeds_BLD: Tensor, position_ids: Tensor) -> Tensor:
+        return self.model.model(
+            inputs_embeds=embeds_BLD,
+            attention_mask=self.attention_mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def _logits(self, hidden_BLD: Tensor) -> Tensor:
+        return self.model.lm_head(hidden_BLD[:, -1]).float()
+
+
+def _end_tokens(model: NexusGenForConditionalGeneration) -> tuple[set[int], int]:
+    """(ids that end a reply, id that pads behind it), from the generation config or else the model's."""
+    text_config: Any = model.config.text_config
+    generation_config: Any = model.generation_config
+    ends = generation_config.eos_token_id if generation_config.eos_token_id is not None else text_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    pads = [generation_config.pad_token_id, text_config.pad_token_id, *sorted(ends), 0]
+    return ends, next(pad for pad in pads if pad is not None)
+
+
+def _rectangle(prompts: list[list[int]], replies: list[list[int]], like: Tensor) -> Tensor:
+    """(B, longest) token ids seen so far for the processors; shorter rows repeat their last token."""
+    rows = [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
+    longest = max(map(len, rows))
+    return like.new_tensor([row + row[-1:] * (longest - len(row)) for row in rows])
