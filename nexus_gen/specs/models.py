@@ -7,6 +7,7 @@ from typing import Any
 from nexus_gen.specs.artifact import MANIFEST, Manifest
 from nexus_gen.specs.errors import UserError
 
+RELEASED_MAX_PIXELS = 262640  # of a context picture, as the released model was trained
 DECODER_KINDS = ("generation_decoder", "editing_decoder")
 DECODER_FILES = {"generation_decoder": "generation_decoder.safetensors", "editing_decoder": "edit_decoder.safetensors"}
 # Sampling and geometry of the released decoders, which come as bare files; artifacts carry their own in `details`.
@@ -23,6 +24,15 @@ RELEASED: dict[str, dict[str, Any]] = {
             "latent_channels": 16,
             "patch_size": 2,
         },
+        "projector": {
+            "hidden_size": 3584,
+            "num_heads": 28,
+            "num_key_value_heads": 4,
+            "intermediate_size": 18944,
+            "mrope_section": [16, 24, 24],
+            "rope_theta": 1e6,
+            "rms_norm_eps": 1e-6,
+        },
         "vae": {"channels": [128, 256, 512, 512], "num_res_blocks": 2, "norm_groups": 32, "latent_channels": 16},
         "image_size": 512,
         "embed_dim": 3584,
@@ -34,12 +44,14 @@ RELEASED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ModelPaths:
-    """autoregressive: checkpoint directory. decoder_kind, decoder, flux: None for a command that paints nothing.
+    """autoregressive: checkpoint directory. max_pixels: bound of context pictures, as it was trained with.
 
+    decoder_kind, decoder, flux: None for a command that paints nothing.
     details: the decoder's `transformer`, `vae`, `image_size`, `embed_dim` and `sampling` defaults.
     """
 
     autoregressive: Path
+    max_pixels: int
     decoder_kind: str | None = None
     decoder: Path | None = None
     flux: Path | None = None
@@ -60,8 +72,11 @@ class ModelPaths:
             raise UserError(
                 f"{autoregressive} holds no checkpoint; finish stage=pretrain of {run}, or give --autoregressive"
             )
+        max_pixels = RELEASED_MAX_PIXELS
+        if (autoregressive / MANIFEST).is_file():
+            max_pixels = Manifest.load(autoregressive).require("ar_checkpoint", autoregressive).details["max_pixels"]
         if decoder is None:
-            return ModelPaths(autoregressive)
+            return ModelPaths(autoregressive, max_pixels)
         where = decoder_path or run / decoder / "artifact"
         if not where.exists():
             raise UserError(f"{where} does not exist; finish stage={decoder} of {run}, or give --decoder")
@@ -74,4 +89,4 @@ class ModelPaths:
             raise UserError(
                 f"{flux} does not exist; give --flux with a FLUX.1-dev directory (its VAE and text encoders are needed)"
             )
-        return ModelPaths(autoregressive, decoder, where, flux, details)
+        return ModelPaths(autoregressive, max_pixels, decoder, where, flux, details)

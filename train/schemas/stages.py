@@ -249,6 +249,15 @@ class DecoderObjective:
 
 
 @dataclass
+class SamplingConfig:
+    """What `generate` and `edit` do by default with the decoder; cfg_scale 1 switches classifier-free guidance off."""
+
+    num_inference_steps: int
+    cfg_scale: float
+    embedded_guidance: float
+
+
+@dataclass
 class DecoderInit:
     """decoder: a released or earlier decoder file to go on from; empty starts from FLUX and a fresh conditioner."""
 
@@ -260,6 +269,7 @@ class DecoderConfig(StageConfig):
     model: DiffusionConfig
     init: DecoderInit
     objective: DecoderObjective
+    sampling: SamplingConfig
     optim: OptimConfig
     trainer: TrainerConfig
     shards: str = path()

@@ -1,0 +1,111 @@
+"""From messages and pictures to the model's inputs: chat template, image tokens, patches, labels of target images.
+
+A message's content holds `<image>` where a picture goes; pictures of user turns are context, those of assistant turns
+are targets. Legend: B rows, S sequence positions, N vision tokens after merging.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nexus_gen.autoregressive import IGNORE_INDEX
+from nexus_gen.compat import ensure_torchvision
+from nexus_gen.specs.geometry import MERGE_SIZE, TARGET_GRID
+from nexus_gen.specs.images import squash
+from nexus_gen.specs.prompts import IMAGE_TAG
+
+ensure_torchvision()
+
+from transformers import Qwen2_5_VLProcessor  # noqa: E402
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # noqa: E402
+
+Messages = Sequence[dict[str, str]]
+
+
+def target_size(processor: Qwen2_5_VLProcessor) -> int:
+    """Pixels per side of a target image: 252 at patch 14."""
+    return TARGET_GRID * processor.image_processor.patch_size
+
+
+def bound(image: Image.Image, processor: Qwen2_5_VLProcessor, max_pixels: int) -> Image.Image:
+    """A context picture, resized as Qwen does: sides multiples of a merged patch, at most `max_pixels`, aspect kept."""
+    factor = MERGE_SIZE * processor.image_processor.patch_size
+    height, width = smart_resize(image.height, image.width, factor, min_pixels=4 * factor**2, max_pixels=max_pixels)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def patches(processor: Qwen2_5_VLProcessor, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+    """pixel_values (patches, values) and image_grid_thw (images, 3) of pictures that already have their final size."""
+    features = processor.image_processor(images=list(images), do_resize=False, return_tensors="pt")
+    return features["pixel_values"], features["image_grid_thw"]
+
+
+def encode(
+    processor: Qwen2_5_VLProcessor,
+    messages: Messages,
+    images: Sequence[Image.Image],
+    max_pixels: int,
+    reply_prefix: str | None = None,
+) -> dict[str, Tensor]:
+    """One conversation as (S,) input_ids and labels, pixel_values and image_grid_thw (absent without pictures).
+
+    labels: -100 but at the tokens of target images, which are what embeddings are predicted for.
+    reply_prefix: open an assistant turn that begins with these words, for the model to go on from.
+    """
+    tokenizer: Any = processor.tokenizer
+    sized: list[Image.Image] = []
+    counts: list[int] = []
+    for message in messages:
+        for _ in range(message["content"].count(IMAGE_TAG)):
+            image = images[len(sized)]
+            is_target = message["role"] == "assistant"
+            sized.append(squash(image, target_size(processor)) if is_target else bound(image, processor, max_pixels))
+            factor = MERGE_SIZE * processor.image_processor.patch_size
+            counts.append((sized[-1].height // factor) * (sized[-1].width // factor))
+    remaining = iter(counts)
+
+    def with_image_tokens(content: str) -> str:
+        head, *tails = content.split(IMAGE_TAG)
+        tokens = (f"<|vision_start|>{'<|image_pad|>' * next(remaining)}<|vision_end|>{tail}" for tail in tails)
+        return head + "".join(tokens)
+
+    is_target_image = [
+        message["role"] == "assistant" for message in messages for _ in range(message["content"].count(IMAGE_TAG))
+    ]
+    expanded = [{"role": message["role"], "content": with_image_tokens(message["content"])} for message in messages]
+    text = tokenizer.apply_chat_template(expanded, tokenize=False, add_generation_prompt=reply_prefix is not None)
+    input_ids = tokenizer(text + (reply_prefix or ""), return_tensors="pt").input_ids[0]
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    of_target = torch.repeat_interleave(
+        torch.tensor(is_target_image, dtype=torch.bool), torch.tensor(counts, dtype=torch.long)
+    )
+    positions = (input_ids == image_token).nonzero().flatten()
+    labels[positions[of_target]] = image_token
+    encoded = {"input_ids": input_ids, "labels": labels}
+    if sized:
+        encoded["pixel_values"], encoded["image_grid_thw"] = patches(processor, sized)
+    return encoded
+
+
+def collate(rows: Sequence[dict[str, Tensor]], padding_id: int) -> dict[str, Tensor]:
+    """Rows of `encode` as one batch, padded on the left: (B, S) input_ids, attention_mask and labels, all patches."""
+
+    def pad(tensors: Sequence[Tensor], value: int) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(
+            list(tensors), batch_first=True, padding_value=value, padding_side="left"
+        )
+
+    batch = {
+        "input_ids": pad([row["input_ids"] for row in rows], padding_id),
+        "attention_mask": pad([torch.ones_like(row["input_ids"]) for row in rows], 0),
+        "labels": pad([row["labels"] for row in rows], IGNORE_INDEX),
+    }
+    with_images = [row for row in rows if "pixel_values" in row]
+    if with_images:
+        batch["pixel_values"] = torch.cat([row["pixel_values"] for row in with_images])
+        batch["image_grid_thw"] = torch.cat([row["image_grid_thw"] for row in with_images])
+    return batch

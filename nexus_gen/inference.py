@@ -1,0 +1,209 @@
+"""From a run's artifacts, or released files, to answers and pictures.
+
+Legend: B pictures, D embedding width.
+"""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nexus_gen.ar_checkpoint import load_autoregressive, load_processor
+from nexus_gen.ar_generation import generate_reply, vision_embeddings
+from nexus_gen.autoregressive import NexusGenForConditionalGeneration
+from nexus_gen.checkpoints import load_decoder, load_vae
+from nexus_gen.conversation import collate, encode, patches
+from nexus_gen.decoders import EditingDecoder, GenerationDecoder, build_editing_decoder, build_generation_decoder
+from nexus_gen.flow_match import euler_sample
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.geometry import NUM_TARGET_TOKENS, REFERENCE_GRID, FluxGeometry, ProjectorGeometry, VaeGeometry
+from nexus_gen.specs.images import open_image, squash
+from nexus_gen.specs.models import ModelPaths
+from nexus_gen.specs.prompts import (
+    EDITING_PROMPT,
+    EDITING_REPLY,
+    GENERATION_PROMPT,
+    GENERATION_REPLY,
+    IMAGE_TAG,
+    UNDERSTANDING_PROMPT,
+)
+from nexus_gen.text_encoders import encode_prompt
+from nexus_gen.vae import FluxVae
+
+Picture = Image.Image | str | Path
+
+
+class NexusGen:
+    """The model of a run. Parts load when first needed; dtype is bfloat16 on a GPU and float32 on a CPU."""
+
+    def __init__(self, paths: ModelPaths, device: str = "auto") -> None:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+        self.paths = paths
+        self.device = torch.device(device)
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    @cached_property
+    def processor(self) -> Any:
+        return load_processor(self.paths.autoregressive)
+
+    @cached_property
+    def autoregressive(self) -> NexusGenForConditionalGeneration:
+        return load_autoregressive(self.paths.autoregressive, dtype=self.dtype, device=self.device)
+
+    @cached_property
+    def details(self) -> dict[str, Any]:
+        if self.paths.details is None:
+            raise ValueError("these ModelPaths name no decoder")
+        return self.paths.details
+
+    @cached_property
+    def decoder(self) -> GenerationDecoder | EditingDecoder:
+        flux = FluxGeometry(**self.details["transformer"])
+        with torch.device("meta"):
+            if self.paths.decoder_kind == "generation_decoder":
+                decoder = build_generation_decoder(flux, self.details["embed_dim"])
+            else:
+                decoder = build_editing_decoder(flux, ProjectorGeometry(**self.details["projector"]))
+        assert self.paths.decoder is not None
+        load_decoder(decoder, self.paths.decoder, self.dtype, self.device)
+        return decoder.eval()
+
+    @cached_property
+    def vae(self) -> FluxVae:
+        assert self.paths.flux is not None
+        return load_vae(self.paths.flux, VaeGeometry(**self.details["vae"]), self.dtype, self.device).eval()
+
+    def text_condition(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """T5's context (1, L, context width) and CLIP's pooled embedding (1, pooled width) of a prompt."""
+        assert self.paths.flux is not None
+        return encode_prompt(self.paths.flux, prompt, self.dtype, self.device)
+
+    @cached_property
+    def pooled(self) -> Tensor:
+        return self.text_condition("")[1]
+
+    def understand(self, image: Picture, question: str, max_new_tokens: int = 256) -> str:
+        """Answer a question about a picture (greedy decoding)."""
+        inputs = self._prompt(UNDERSTANDING_PROMPT.format(question), [image], reply_prefix="")
+        reply = generate_reply(self.autoregressive, **inputs, max_new_tokens=max_new_tokens).new_tokens[0]
+        return self.processor.tokenizer.decode(reply, skip_special_tokens=True).strip()
+
+    def generation_embeds(self, prompt: str, language: str = "en") -> Tensor:
+        """The 81 embeddings of the picture that the autoregressive model imagines: (1, 81, D)."""
+        return self._imagine(GENERATION_PROMPT[language].format(prompt), GENERATION_REPLY[language], [])
+
+    def editing_embeds(self, image: Picture, instruction: str, language: str = "en") -> Tensor:
+        """The 81 embeddings of the picture as it should be after the edit: (1, 81, D)."""
+        return self._imagine(EDITING_PROMPT.format(instruction), EDITING_REPLY[language], [image])
+
+    @torch.inference_mode()
+    def source_embeds(self, image: Picture) -> Tensor:
+        """The 324 vision embeddings of a picture to edit: (1, 324, D)."""
+        side = REFERENCE_GRID * self.processor.image_processor.patch_size
+        pixel_values, grid = patches(self.processor, [squash(as_image(image), side)])
+        return vision_embeddings(self.autoregressive, pixel_values.to(self.device), grid.to(self.device))[None]
+
+    def generate(self, prompt: str, language: str = "en", **sampling: Any) -> Image.Image:
+        """Paint a picture from a prompt; `sampling` as in `paint`."""
+        return self.paint(self.generation_embeds(prompt, language), **sampling)[0]
+
+    def edit(self, image: Picture, instruction: str, language: str = "en", **sampling: Any) -> Image.Image:
+        """Repaint a picture; a generation decoder sees the imagined result only, an editing decoder the source too."""
+        target_embeds = self.editing_embeds(image, instruction, language)
+        reference = self.source_embeds(image) if self.paths.decoder_kind == "editing_decoder" else None
+        return self.paint(target_embeds, reference, **sampling)[0]
+
+    @torch.inference_mode()
+    def paint(
+        self,
+        target_embeds: Tensor,
+        source_embeds: Tensor | None = None,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        num_inference_steps: int | None = None,
+        cfg_scale: float | None = None,
+        embedded_guidance: float | None = None,
+        negative_prompt: str = "",
+        seed: int = 42,
+    ) -> list[Image.Image]:
+        """Pictures from embeddings: (B, 81, D) and, for the editing decoder, (B, 324, D).
+
+        None takes the decoder's own size and sampling. The noise depends on the seed and the place in the batch, not on
+        the device. Raises UserError for sizes that the latent grid does not fit.
+        """
+        defaults = self.details["sampling"]
+        cfg_scale = defaults["cfg_scale"] if cfg_scale is None else cfg_scale
+        width, height = width or self.details["image_size"], height or self.details["image_size"]
+        vae_geometry = VaeGeometry(**self.details["vae"])
+        unit = vae_geometry.downscale * self.details["transformer"]["patch_size"]
+        if width % unit or height % unit:
+            raise UserError(f"--width {width} and --height {height} must be multiples of {unit}")
+        shape = (vae_geometry.latent_channels, height // vae_geometry.downscale, width // vae_geometry.downscale)
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(len(target_embeds), *shape, generator=generator).to(self.device, self.dtype)
+        target_embeds = target_embeds.to(self.device, self.dtype)
+        reference = None if source_embeds is None else source_embeds.to(self.device, self.dtype)
+
+        def velocity(latents: Tensor, timestep: Tensor, guidance: Tensor) -> Tensor:
+            return self.decoder(latents, timestep, guidance, self.pooled, target_embeds, reference)
+
+        negative = None
+        if cfg_scale != 1.0:
+            context, pooled = self.text_condition(negative_prompt)
+
+            def negative(latents: Tensor, timestep: Tensor, guidance: Tensor) -> Tensor:
+                rows = context.expand(len(latents), -1, -1)
+                return self.decoder.transformer(latents, timestep, rows, pooled, guidance)
+
+        latents = euler_sample(
+            velocity,
+            noise,
+            num_inference_steps or defaults["num_inference_steps"],
+            defaults["embedded_guidance"] if embedded_guidance is None else embedded_guidance,
+            cfg_scale,
+            negative,
+        )
+        return [as_picture(pixels) for pixels in self.vae.decode(latents)]
+
+    def _prompt(self, prompt: str, images: list[Picture], reply_prefix: str) -> dict[str, Tensor]:
+        """A user turn and the beginning of the reply, as `generate_reply` takes them."""
+        tags = prompt.count(IMAGE_TAG)
+        if tags != len(images):
+            raise UserError(
+                f"the prompt holds {tags} {IMAGE_TAG} tags for {len(images)} pictures; leave the tag out of it"
+            )
+        row = encode(
+            self.processor,
+            [{"role": "user", "content": prompt}],
+            [as_image(image) for image in images],
+            self.paths.max_pixels,
+            reply_prefix,
+        )
+        batch = collate([row], self.processor.tokenizer.pad_token_id)
+        del batch["labels"]
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def _imagine(self, prompt: str, reply: str, images: list[Picture]) -> Tensor:
+        inputs = self._prompt(prompt, images, reply_prefix=reply.split(IMAGE_TAG)[0])
+        made = generate_reply(
+            self.autoregressive, **inputs, max_new_tokens=NUM_TARGET_TOKENS + 2, force_image_first=True
+        )
+        return made.image_embeds[0][0][None]
+
+
+def as_image(picture: Picture) -> Image.Image:
+    return picture if isinstance(picture, Image.Image) else open_image(Path(picture))
+
+
+def as_picture(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> an 8-bit RGB picture."""
+    values = (pixels.float().clamp(-1, 1) + 1) * 127.5
+    return Image.fromarray(values.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy().astype(np.uint8))
