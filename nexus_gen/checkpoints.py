@@ -3,7 +3,7 @@
 | layout | files | differs from ours in |
 |---|---|---|
 | bfl | `flux1-dev.safetensors`, `ae.safetensors` | names |
-| diffusers | `transformer/`, `vae/` | names, separate q, k, v and MLP, (scale, shift), matrices for 1 x 1 convolutions |
+| diffusers | `transformer/`, `vae/` | names, separate q, k, v and MLP, (scale, shift), matrices for 1 x 1 kernels |
 | released | `generation_decoder.*`, `edit_decoder.*` | the prefix `pipe.dit.`, (scale, shift) |
 
 Ours are diffsynth's names and its order (shift, scale) in `final_norm_out.linear`. The order has no trace in names or
@@ -51,21 +51,16 @@ class Source:
 
     def read(self, files: TensorFiles, shape: Iterable[int]) -> Tensor:
         """Our tensor out of the file's."""
-        parts = [files.read(key) for key in self.keys]
+        parts = [files[key] for key in self.keys]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         return (swap_halves(tensor) if self.swap_halves else tensor).reshape(tuple(shape))
 
     def write(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The file's tensors out of ours; each owns its memory, as the writers require."""
+        """The file's tensors out of ours."""
         shapes = self.shapes(tensor.shape)
         tensor = swap_halves(tensor) if self.swap_halves else tensor
         parts = tensor.split([shape[0] for shape in shapes])
-        return {
-            key: part.reshape(shape).clone(memory_format=torch.contiguous_format)
-            if len(shapes) > 1
-            else part.reshape(shape).contiguous()
-            for key, part, shape in zip(self.keys, parts, shapes, strict=True)
-        }
+        return {key: owned(part.reshape(shape)) for key, part, shape in zip(self.keys, parts, shapes, strict=True)}
 
 
 Sources = dict[str, Source]  # by our key
@@ -74,6 +69,12 @@ Sources = dict[str, Source]  # by our key
 def swap_halves(tensor: Tensor) -> Tensor:
     """(scale, shift) along dim 0 -> (shift, scale), and back."""
     return torch.cat(tensor.chunk(2)[::-1])
+
+
+def owned(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous and in storage of its own: a file would otherwise hold all that a view looks into."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 # ---- FLUX's transformer -------------------------------------------------------------------------------------------
@@ -333,7 +334,7 @@ def load_strictly(
     Raises UserError naming the keys that are missing, unexpected or of another shape.
     """
     wanted = module.state_dict()
-    available = {key for key in files.keys() if concerns(key)}
+    available = {key for key in files if concerns(key)}
     missing, misshapen = [], []
     for key, source in sources.items():
         for name, shape in zip(source.keys, source.shapes(wanted[key].shape), strict=True):
@@ -383,8 +384,8 @@ def component(path: Path, file_name: str, directory_name: str) -> Path:
 
 def detect_layout(files: TensorFiles, bfl: str, diffusers: str) -> Layout:
     """The layout by the prefixes of its keys; UserError when neither occurs."""
-    if any(key.startswith(bfl) for key in files.keys()):
+    if any(key.startswith(bfl) for key in files):
         return "bfl"
-    if any(key.startswith(diffusers) for key in files.keys()):
+    if any(key.startswith(diffusers) for key in files):
         return "diffusers"
     raise UserError(f"{files.path} has no keys that start with {bfl} (BFL) or {diffusers} (diffusers)")

@@ -31,7 +31,7 @@ EXPANSION = 4  # hidden width of the projector's head, in context widths
 
 
 class GenerationAdapter(nn.Sequential):
-    """Two layers from image embeddings to context: (B, N, D) -> (B, N, C). Keys are the released `adapter.{0,1,3,4}`."""
+    """Two layers from image embeddings to context, (B, N, D) -> (B, N, C); keys are the released `adapter.*`."""
 
     def __init__(self, embed_dim: int, context_dim: int) -> None:
         super().__init__(
@@ -66,8 +66,8 @@ class EditingProjector(nn.Module):
                 "rope_theta": geometry.rope_theta,
                 "mrope_section": list(geometry.mrope_section),
             },
-            attn_implementation="sdpa",
         )
+        self.config._attn_implementation = "sdpa"  # a bare layer would take the slow reference attention
         layer = Qwen2_5_VLDecoderLayer(self.config, layer_idx=0)
         layer.self_attn.is_causal = False  # causal by default even where no mask is passed
         self.layers = nn.ModuleList([layer])
@@ -98,10 +98,10 @@ class EditingProjector(nn.Module):
     def _rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines at `positions` (3, 1, N).
 
-        Built where it is used: as a buffer, its frequencies would follow every cast of the module, round_positions or not.
+        Built where it is used: as a buffer, its frequencies would follow every cast of the module.
         """
         with torch.device(hidden.device):
-            rotary = Qwen2_5_VLRotaryEmbedding(self.config)
+            rotary = Qwen2_5_VLRotaryEmbedding(self.config)  # type: ignore[arg-type]  # takes the text config
         if self.round_positions:
             rotary = rotary.to(hidden.dtype)
         return rotary(hidden, positions)

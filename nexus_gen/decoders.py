@@ -31,7 +31,7 @@ class GenerationDecoder(nn.Module):
     ) -> Tensor:
         """Predict the velocity (noise - data), (B, C, h, w).
 
-        latents: (B, C, h, w) noisy latents, h and w even. timestep: (B,) in [0, 1000]. guidance: (B,), 3.5 as published.
+        latents: (B, C, h, w) noisy latents, h and w even. timestep: (B,) in [0, 1000]. guidance: (B,), published: 3.5.
         pooled: (B, P) or (1, P), CLIP's pooled embedding of the empty prompt. target_embeds: (B, 81, D).
         source_embeds: always None; both decoders are called alike.
         """

@@ -72,7 +72,8 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """
     if sigma.shape != x0.shape[:1]:
         raise ValueError(f"sigma has shape {tuple(sigma.shape)} where a batch of {len(x0)} needs ({len(x0)},)")
-    return torch.lerp(x0.float(), noise.float(), sigma.to(x0.device).view(-1, 1, 1, 1)).to(x0.dtype)
+    sigma = sigma.to(x0.device, torch.float32).view(-1, 1, 1, 1)
+    return ((1 - sigma) * x0.float() + sigma * noise.float()).to(x0.dtype)
 
 
 def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import json
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from nexus_gen.specs.errors import UserError
 INDEX_SUFFIX = ".safetensors.index.json"
 
 
-class TensorFiles:
+class TensorFiles(Mapping[str, Tensor]):
     """The tensors of a `.safetensors` or `.bin` file, or of a directory with one safetensors file or with an index.
 
-    Nothing is read before `shape` or `read` asks for it; `.bin` files are memory-mapped and may hold tensors only.
+    Headers apart, nothing is read before it is asked for; `.bin` files are memory-mapped and may hold tensors only.
     Raises UserError for a path that is missing, truncated or holds anything else.
     """
 
@@ -41,9 +41,17 @@ class TensorFiles:
         else:
             raise UserError(f"{self.path} is neither a .safetensors nor a .bin file")
 
-    def keys(self) -> Iterable[str]:
-        """The names of all tensors."""
-        return self._loaded.keys() or self._file_of.keys()
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaded or self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._loaded or self._file_of)
+
+    def __getitem__(self, key: str) -> Tensor:
+        """One tensor on `device`, in the file's dtype."""
+        if key in self._loaded:
+            return self._loaded[key].to(self.device)
+        return self._open(self._file_of[key]).get_tensor(key)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of one tensor, read from the header."""
@@ -55,20 +63,12 @@ class TensorFiles:
         except SafetensorError as error:
             raise UserError(f"{path} lacks {key}, which its index lists; download the file again") from error
 
-    def read(self, key: str) -> Tensor:
-        """One tensor, on the device given at construction, in the file's dtype."""
-        if key in self._loaded:
-            return self._loaded[key].to(self.device)
-        return self._open(self._file_of[key]).get_tensor(key)
-
     def _open(self, path: Path) -> Any:
         if path not in self._handles:
             try:
                 self._handles[path] = safe_open(path, framework="pt", device=str(self.device))
             except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{path} is not a whole safetensors file ({error}); download or export it again"
-                ) from error
+                raise UserError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
         return self._handles[path]
 
     def _list_directory(self) -> None:
@@ -98,9 +98,7 @@ def load_bin(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} is not a whole torch file of tensors alone ({reason}); nothing in it was run"
-        ) from error
+        raise UserError(f"{path} is not a whole torch file of tensors alone ({reason}); fetch it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"{path} does not map names to tensors; export the decoder again")
     return tensors
