@@ -5,6 +5,7 @@ nexus-gen run pipeline=tiny from=embed_generation
 """
 
 import argparse
+import json
 import shlex
 import sys
 import time
@@ -152,6 +153,10 @@ def run_stage(config: StageConfig, again: bool) -> int:
     began = time.monotonic()
     status = start(config.launch, config_path)
     took = time.monotonic() - began
+    with open(config.run_dir / "timing.jsonl", "a", encoding="utf-8") as file:
+        file.write(
+            json.dumps({"seconds": round(took, 1), "processes": config.launch.world_size, "status": status}) + "\n"
+        )
     if status:
         where = config.run_dir / "log"
         print(

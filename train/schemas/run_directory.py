@@ -64,6 +64,7 @@ def prepare(config: StageConfig, again: bool) -> Path:
         resume = getattr(config, "resume", True)
         if again or finished or not resume:
             shutil.rmtree(checkpoints)
+            (config.run_dir / "timing.jsonl").unlink(missing_ok=True)
         elif earlier != identity:
             raise UserError(
                 f"{checkpoints} belong to an unfinished try with another {difference(earlier, identity)}; "

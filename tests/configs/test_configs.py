@@ -1,0 +1,60 @@
+"""Every file under configs/ composes into a config that its schema accepts."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from launch.compose import CONFIGS, Override, compose_stage
+from launch.run import compose_pipeline
+from train.schemas.stages import SCHEMAS
+
+# what a user gives because nobody else can know it
+REQUIRED = {"data": ["data.train=t.jsonl", "data.heldout=h.jsonl"]}
+GROUP_STAGE = {"optim": "pretrain", "trainer": "pretrain", "model": "editing_decoder", "data": "pretrain"}
+
+
+def stage_of_experiment(path: Path) -> str:
+    """The stage that an experiment's header runs."""
+    header = next(line for line in path.read_text(encoding="utf-8").splitlines() if "nexus-gen run stage=" in line)
+    return header.split("stage=")[1].split()[0]
+
+
+def overrides_for(path: Path) -> list[str]:
+    group, name = path.parent.name, path.stem
+    if group == "stage":
+        return [f"stage={name}"]
+    if group == "experiment":
+        stage = stage_of_experiment(path)
+        return [f"stage={stage}", f"experiment={name}", *(REQUIRED["data"] if stage == "pretrain" else [])]
+    return [
+        f"stage={GROUP_STAGE.get(group, 'pretrain')}",
+        f"{group}={name}",
+        *(REQUIRED["data"] if name == "messages" else []),
+    ]
+
+
+FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent != CONFIGS and path.parent.name != "pipeline")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_file_composes_and_validates(path: Path) -> None:
+    config = compose_stage([Override.parse(text) for text in overrides_for(path)])
+    assert config.stage in SCHEMAS
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "pipeline").glob("*.yaml")), ids=lambda path: path.stem)
+def test_pipeline_composes_and_validates(path: Path) -> None:
+    own_data = "data=messages" in OmegaConf.load(path).overrides
+    given = [Override.parse(text) for text in (REQUIRED["data"] if own_data else [])]
+    configs = compose_pipeline(path.stem, given)
+    assert [config.stage for config in configs] == OmegaConf.load(path).stages
+
+
+def test_an_override_reaches_the_stages_that_read_it_and_a_prefixed_one_only_its_own() -> None:
+    given = ["trainer.log_every_steps=3", "pretrain.trainer.max_steps=5", "generation_decoder.optim.learning_rate=0.5"]
+    configs = {config.stage: config for config in compose_pipeline("tiny", [Override.parse(text) for text in given])}
+    trained = [configs[stage] for stage in ("pretrain", "generation_decoder", "editing_decoder")]
+    assert [config.trainer.log_every_steps for config in trained] == [3, 3, 3]
+    assert configs["pretrain"].trainer.max_steps == 5 != configs["generation_decoder"].trainer.max_steps
+    assert configs["generation_decoder"].optim.learning_rate == 0.5 != configs["editing_decoder"].optim.learning_rate

@@ -1,0 +1,138 @@
+"""The console script as a user meets it: in its own process, with its exit status and its one sentence."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NEXUS_GEN = str(Path(sys.executable).parent / "nexus-gen")
+FULL_SIZE = {
+    "pretrain": ["experiment=nexus_gen_7b_pretrain", "data.train=t.jsonl", "data.heldout=h.jsonl"],
+    "generation_decoder": ["experiment=flux_generation_decoder", "shards=s"],
+    "editing_decoder": ["experiment=flux_editing_decoder", "shards=s"],
+}
+
+
+def nexus_gen(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [NEXUS_GEN, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        timeout=60,
+    )
+
+
+def test_help_lists_every_command() -> None:
+    shown = nexus_gen("--help")
+    assert shown.returncode == 0
+    for command in ("run", "data shapes", "understand", "generate", "edit", "report"):
+        assert f"  {command} " in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["run", "--help"], ["generate", "--help"], ["run", "stage=pretrain", "trainer.max_step=1"]],
+)
+def test_help_and_config_errors_import_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from launch.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'safetensors'} & set(sys.modules), 'heavy import'"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["rum"], "no command 'rum'; did you mean 'run'?"),
+        (["run"], "give one of stage=... and pipeline=..."),
+        (["run", "stage=prtrain"], "there is no stage=prtrain; did you mean 'pretrain'?"),
+        (["run", "pipeline=tyni"], "there is no pipeline=tyni; did you mean 'tiny'?"),
+        (["run", "stage=pretrain", "trainer.max_step=3"], "'trainer.max_step'; did you mean 'trainer.max_steps'?"),
+        (["run", "stage=pretrain", "+trainer.foo=3"], "stage=pretrain has no key 'trainer.foo'"),
+        (["run", "stage=pretrain", "trainer.max_steps=many"], "trainer.max_steps: Value 'many'"),
+        (["run", "stage=pretrain", "model.image_size=96"], "model.image_size has no effect on stage=pretrain"),
+        (["run", "stage=pretrain", "optim=adamm"], "there is no optim=adamm; did you mean 'adamw'?"),
+        (["run", "stage=pretrain", "trainer.global_batch_size=7"], "global_batch_size 7 is not a multiple"),
+        (["run", "stage=pretrain", "trainer.max_steps"], "'trainer.max_steps' is not key=value"),
+        (["run", "stage=pretrain", "data=messages"], "needs data.train=..."),
+        (["run", "stage=pretrain", "from=embed_generation"], "from=... goes with pipeline=..."),
+        (["run", "pipeline=tiny", "from=embed"], "from=embed is not a stage of pipeline=tiny"),
+        (["run", "pipeline=tiny", "trainer.max_step=3"], "no stage of pipeline=tiny has the key 'trainer.max_step'"),
+        (["run", "stage=pretrain", "launch.kind=lokal"], "launch.kind is 'lokal'"),
+        (["generate", "--prompt", "x", "--run", "nowhere"], "finish stage=pretrain of nowhere"),
+        (["understand", "--prompt", "x", "--input-image", "no.png"], "--input-image no.png does not exist"),
+        (["report", "nowhere"], "nowhere is not a run directory"),
+    ],
+)
+def test_mistakes_give_one_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    ran = nexus_gen(*arguments, cwd=tmp_path)
+    assert ran.returncode == 2
+    assert sentence in ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1, ran.stderr
+
+
+def test_a_misspelt_variable_is_an_error(tmp_path: Path) -> None:
+    ran = nexus_gen("report", "x", cwd=tmp_path, NEXUS_GEN_RUN="elsewhere")
+    assert ran.returncode == 2
+    assert "NEXUS_GEN_RUN is not one that nexus-gen reads; did you mean 'NEXUS_GEN_RUNS'?" in ran.stderr
+
+
+def test_runs_are_written_where_the_variable_says(tmp_path: Path) -> None:
+    ran = nexus_gen("run", "stage=shapes", "--dry-run", cwd=tmp_path, NEXUS_GEN_RUNS=str(tmp_path / "there"))
+    assert f"stage shapes -> {tmp_path / 'there' / 'tiny' / 'shapes'}" in ran.stdout
+
+
+def test_a_missing_input_names_the_stage_that_makes_it(tmp_path: Path) -> None:
+    ran = nexus_gen("run", "stage=generation_decoder", cwd=tmp_path)
+    assert ran.returncode == 2
+    assert "embed_generation/artifact does not exist; run stage=embed_generation first" in ran.stderr
+    assert not (tmp_path / "runs" / "tiny" / "generation_decoder").exists()
+
+
+def test_a_dataset_row_with_too_few_images_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    messages = [{"role": "user", "content": "<image> what?"}, {"role": "assistant", "content": "a circle"}]
+    rows.write_text(json.dumps({"id": "1", "images": [], "messages": messages}) + "\n")
+    (tmp_path / "qwen").mkdir()
+    (tmp_path / "qwen" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    data = ["data=messages", f"data.train={rows}", f"data.heldout={rows}"]
+    ran = nexus_gen("run", "stage=pretrain", *data, f"model.qwen={tmp_path}/qwen", cwd=tmp_path)
+    assert ran.returncode == 2
+    assert "rows.jsonl:1" in ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("stage", FULL_SIZE)
+@pytest.mark.parametrize(
+    ("launch", "world_size"),
+    [
+        (["launch.device=cuda"], 1),
+        (["launch.processes_per_node=8"], 8),
+        (["launch=torchrun", "launch.rendezvous=node0:29500"], 64),
+        (["launch=slurm"], 64),
+    ],
+)
+def test_full_size_stages_say_what_would_start(stage: str, launch: list[str], world_size: int, tmp_path: Path) -> None:
+    ran = nexus_gen("run", f"stage={stage}", *FULL_SIZE[stage], *launch, "--dry-run", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert f"= {world_size}\n" in ran.stdout
+    assert f"128 = 1 per process x {world_size} processes x {128 // world_size} accumulated" in ran.stdout
+    assert "train.worker" in ran.stdout
+    assert ("#SBATCH --nodes=8" in ran.stdout) == (launch == ["launch=slurm"])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_cfg_prints_the_resolved_config(tmp_path: Path) -> None:
+    ran = nexus_gen("run", "stage=pretrain", "trainer.max_steps=7", "--cfg", cwd=tmp_path)
+    assert "max_steps: 7" in ran.stdout
+    assert f"qwen: {tmp_path}/runs/tiny/standins/artifact/Qwen2.5-VL-Instruct" in ran.stdout
+    assert "${" not in ran.stdout

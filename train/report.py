@@ -1,0 +1,155 @@
+"""`nexus-gen report RUN`: one self-contained HTML page of a run.
+
+Stages with durations and throughput, loss curves, held-out prompts painted before and after training, edits, answers.
+"""
+
+import argparse
+import base64
+import dataclasses
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from PIL import Image
+
+from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
+from nexus_gen.specs.errors import UserError
+from train.metrics import read_metrics
+from train.schemas.stages import SCHEMAS
+
+log = logging.getLogger(__name__)
+
+LOSSES = {
+    "pretrain": {"train/text_loss": "text loss", "train/image_loss": "image loss"},
+    "generation_decoder": {"train/loss": "flow-matching loss"},
+    "editing_decoder": {"train/loss": "flow-matching loss"},
+}
+SMOOTHING = 0.8  # weight of the past in the bold curve
+
+
+@dataclasses.dataclass
+class StageRow:
+    """One line of the table of stages; seconds add up over interruptions."""
+
+    name: str
+    made: str
+    seconds: float
+    processes: int
+    steps: int
+    samples_per_s: float
+    commit: str
+    config: str
+
+
+def stage_rows(run: Path) -> list[StageRow]:
+    """The stages of a run that finished, in order."""
+    rows = []
+    for name in SCHEMAS:
+        directory = run / name
+        if not (directory / "artifact" / MANIFEST).is_file():
+            continue
+        manifest = Manifest.load(directory / "artifact")
+        timing = [json.loads(line) for line in (directory / "timing.jsonl").read_text(encoding="utf-8").splitlines()]
+        metrics = read_metrics(directory)
+        rates = [row["perf/samples_per_s"] for row in metrics if "perf/samples_per_s" in row]
+        rows.append(
+            StageRow(
+                name=name,
+                made=manifest.kind,
+                seconds=sum(line["seconds"] for line in timing),
+                processes=timing[-1]["processes"],
+                steps=int(metrics[-1]["step"]) if metrics else 0,
+                samples_per_s=sum(rates) / len(rates) if rates else manifest.details.get("samples_per_s", 0.0),
+                commit=manifest.code["commit"],
+                config=(directory / "config.yaml").read_text(encoding="utf-8"),
+            )
+        )
+    return rows
+
+
+def loss_curves(run: Path) -> list[dict[str, Any]]:
+    """One SVG per loss, with its first and last smoothed value."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    curves = []
+    for stage, losses in LOSSES.items():
+        metrics = read_metrics(run / stage)
+        for metric, label in losses.items():
+            points = [(row["step"], row[metric]) for row in metrics if metric in row]
+            if not points:
+                continue
+            steps, values = zip(*points, strict=True)
+            smooth = [values[0]]
+            for value in values[1:]:
+                smooth.append(SMOOTHING * smooth[-1] + (1 - SMOOTHING) * value)
+            figure, axes = pyplot.subplots(figsize=(4.2, 2.6), layout="constrained")
+            axes.plot(steps, values, color="#9db7d5", linewidth=0.8)
+            axes.plot(steps, smooth, color="#1f5a99", linewidth=1.8)
+            axes.set(title=f"{stage}: {label}", xlabel="optimizer step", ylim=(0, 1.05 * max(values)))
+            axes.spines[["top", "right"]].set_visible(False)
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+            pyplot.close(figure)
+            svg = buffer.getvalue()
+            curves.append({"svg": svg[svg.index("<svg") :], "first": values[0], "last": smooth[-1], "label": label})
+    return curves
+
+
+def data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def render(run: Path, samples: Any, output: Path) -> None:
+    """Fill the template and write the page in one piece."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["data_url"] = data_url
+    stages = stage_rows(run)
+    page = environment.get_template("report.html.j2").render(
+        run=run.name,
+        stages=stages,
+        total=sum(stage.seconds for stage in stages),
+        curves=loss_curves(run),
+        samples=samples,
+    )
+    write_text_atomic(output, page)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="nexus-gen report", description="Write one HTML page about a run.")
+    parser.add_argument("run", type=Path, help="run directory, such as runs/tiny")
+    parser.add_argument("--output", type=Path, help="the page (default: RUN/report.html)")
+    parser.add_argument("--num-samples", type=int, default=8, help="held-out rows per task (default: %(default)s)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    arguments = parser.parse_args(argv[1:])
+    run = arguments.run
+    if not run.is_dir():
+        raise UserError(f"{run} is not a run directory; finished runs are under runs/")
+    missing = [name for name in LOSSES if not (run / name / "artifact" / MANIFEST).is_file()]
+    if missing:
+        raise UserError(f"{run} has not finished {', '.join(missing)}; nexus-gen run pipeline=... goes on from there")
+    config = yaml.safe_load((run / "pretrain" / "config.yaml").read_text(encoding="utf-8"))
+    heldout = Path(config["data"]["heldout"])
+    if not heldout.is_file():
+        raise UserError(f"{heldout}, the held-out rows of {run}, does not exist any more; put it back there")
+    from train.report_samples import draw_samples  # loads torch: only once the arguments hold
+
+    output = arguments.output or run / "report.html"
+    render(run, draw_samples(run, heldout, arguments.num_samples, arguments.device), output)
+    print(f"report: {output.absolute()}")
+    print("try next:")
+    flag = "" if run == Path("runs/tiny") else f" --run {run}"
+    print(f'  nexus-gen generate --prompt "a red circle on a white background"{flag}')
+    print(f'  nexus-gen edit --input-image generation.png --instruction "make the circle blue"{flag}')
+    print(f'  nexus-gen understand --input-image generation.png --prompt "What colour is the circle?"{flag}')
+    return 0

@@ -1,0 +1,137 @@
+"""What a run's models do with held-out rows, before and after training."""
+
+import dataclasses
+from pathlib import Path
+from typing import cast
+
+import torch
+from PIL import Image
+
+from data.messages import Row, read_rows
+from nexus_gen.ar_checkpoint import load_autoregressive
+from nexus_gen.inference import NexusGen
+from nexus_gen.specs.images import open_image
+from nexus_gen.specs.models import ModelPaths
+from nexus_gen.specs.prompts import GENERATION_PROMPT, IMAGE_TAG
+from train.decoder_stages import build_initial_decoder
+from train.schemas.stages import DecoderConfig, PretrainConfig
+from train.worker import load_config
+
+MAX_ANSWER_TOKENS = 24
+
+
+@dataclasses.dataclass
+class GenerationSample:
+    """reconstruction: the trained decoder on the true picture's embeddings, so the decoder alone."""
+
+    prompt: str
+    before: Image.Image
+    after: Image.Image
+    reconstruction: Image.Image
+    truth: Image.Image
+
+
+@dataclasses.dataclass
+class EditingSample:
+    instruction: str
+    source: Image.Image
+    before: Image.Image
+    editing_decoder: Image.Image
+    generation_decoder: Image.Image
+    truth: Image.Image
+
+
+@dataclasses.dataclass
+class UnderstandingSample:
+    question: str
+    image: Image.Image
+    before: str
+    after: str
+    truth: str
+
+
+@dataclasses.dataclass
+class Samples:
+    generation: list[GenerationSample]
+    editing: list[EditingSample]
+    understanding: list[UnderstandingSample]
+
+
+def models(run: Path, decoder: str, device: str) -> tuple[NexusGen, NexusGen]:
+    """(untrained, trained): the same classes, with the weights that the stages started from and ended with."""
+    trained = NexusGen(ModelPaths.find(run, decoder=decoder), device)
+    pretrain = cast(PretrainConfig, load_config(str(run / "pretrain" / "config.yaml")))
+    decoder_config = cast(DecoderConfig, load_config(str(run / decoder / "config.yaml")))
+    untrained = NexusGen(trained.paths, device)
+    untrained.autoregressive = load_autoregressive(
+        pretrain.model.qwen, dtype=untrained.dtype, device=untrained.device, init_seed=pretrain.seed
+    )
+    initial = build_initial_decoder(decoder_config, trained.details["embed_dim"])
+    untrained.decoder = initial.to(untrained.device, untrained.dtype).eval()
+    return untrained, trained
+
+
+def first_rows(rows: list[Row], task: str, count: int) -> list[Row]:
+    """Held-out rows of a task whose reply holds at most one picture."""
+    return [row for row in rows if row.task == task and len(row.messages) == 2][:count]
+
+
+def words(row: Row) -> str:
+    """The user's words without image tags and without the template around a prompt."""
+    content = row.messages[0]["content"].replace(IMAGE_TAG, "").strip()
+    for template in GENERATION_PROMPT.values():
+        content = content.removeprefix(template.format(""))
+    return content
+
+
+def draw_samples(run: Path, heldout: Path, num_samples: int, device: str) -> Samples:
+    """Paint and answer the first held-out rows of each task; noise is the same before and after."""
+    rows = list(read_rows(heldout))
+    untrained, trained = models(run, "generation_decoder", device)
+    generation = []
+    for row in first_rows(rows, "generation", num_samples):
+        user, reply = (message["content"] for message in row.messages)
+        truth = open_image(row.images[0])
+        generation.append(
+            GenerationSample(
+                prompt=words(row),
+                before=untrained.paint(untrained.imagine(user, reply, []))[0],
+                after=trained.paint(trained.imagine(user, reply, []))[0],
+                reconstruction=trained.paint(trained.target_embeds(truth))[0],
+                truth=truth,
+            )
+        )
+    understanding = []
+    for row in first_rows(rows, "understanding", num_samples):
+        user, reply = (message["content"] for message in row.messages)
+        images = [open_image(path) for path in row.images]
+        understanding.append(
+            UnderstandingSample(
+                question=words(row),
+                image=images[0],
+                before=untrained.answer(user, list(images), MAX_ANSWER_TOKENS),
+                after=trained.answer(user, list(images), MAX_ANSWER_TOKENS),
+                truth=reply,
+            )
+        )
+    untrained_editor, editor = models(run, "editing_decoder", device)
+    editing = []
+    for row in first_rows(rows, "editing", num_samples):
+        user, reply = (message["content"] for message in row.messages)
+        source, truth = (open_image(path) for path in row.images)
+        embeds, reference = editor.imagine(user, reply, [source]), editor.source_embeds(source)
+        before = untrained_editor.imagine(user, reply, [source])
+        editing.append(
+            EditingSample(
+                instruction=words(row),
+                source=source,
+                before=untrained_editor.paint(before, untrained_editor.source_embeds(source))[0],
+                editing_decoder=editor.paint(embeds, reference)[0],
+                generation_decoder=trained.paint(embeds)[0],
+                truth=truth,
+            )
+        )
+    del untrained, untrained_editor
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return Samples(generation, editing, understanding)
