@@ -96,9 +96,12 @@ def load_bin(path: Path) -> dict[str, Tensor]:
     """A torch file of named tensors, memory-mapped on the CPU; UserError when it holds anything else."""
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a whole torch file of tensors alone ({reason}); fetch it again") from error
+    except pickle.UnpicklingError as error:  # torch's own text advises to switch the check off
+        raise UserError(
+            f"{path} holds more than tensors, which could run code; use a file from its publisher"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole torch file, as torch.save writes since 1.6; fetch it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"{path} does not map names to tensors; export the decoder again")
     return tensors

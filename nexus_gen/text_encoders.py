@@ -4,8 +4,10 @@ The decoders paint from image embeddings, so prompts are encoded once, before an
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from nexus_gen.compat import ensure_torchvision
@@ -56,7 +58,10 @@ def encode_prompt(
 def tokenize(directory: Path, text: str, length: int) -> Tensor:
     """Token ids padded or cut to `length`: (1, length)."""
     require_directory(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory} does not hold a whole tokenizer: {first_line(error)}") from error
     return tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
@@ -66,11 +71,12 @@ def load_encoder(
     """A text encoder sized by the directory's config.json; UserError when a weight is missing or misshapen."""
     require_directory(directory)
     try:
-        model, info = kind.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             directory, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"{directory} does not hold a whole {kind.__name__}: {first_line(error)}") from error
+    model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"{directory} lacks {len(missing)} tensors of a {kind.__name__}, the first is {missing[0]}")
@@ -86,4 +92,5 @@ def require_directory(directory: Path) -> None:
 
 
 def first_line(error: Exception) -> str:
+    """What a library's error says, without the pages of advice that follow."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,99 @@
+"""CLIP and T5 from a FLUX.1-dev directory: padding, what is returned, and directories that must be refused."""
+
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from nexus_gen.specs.errors import UserError
+from nexus_gen.text_encoders import encode_context, encode_pooled, encode_prompt, tokenize
+
+LETTERS = string.ascii_lowercase
+CLIP_VOCAB = {
+    token: i for i, token in enumerate([*LETTERS, *(f"{x}</w>" for x in LETTERS), "<|startoftext|>", "<|endoftext|>"])
+}
+T5_VOCAB = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -1.0), *((x, -2.0) for x in LETTERS)]
+END = CLIP_VOCAB["<|endoftext|>"]
+
+
+@pytest.fixture(scope="module")
+def flux_dir(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("FLUX.1-dev")
+    torch.manual_seed(0)
+    clip = CLIPTextConfig(
+        vocab_size=len(CLIP_VOCAB),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=END - 1,
+        eos_token_id=2,  # as FLUX.1-dev's config has it: the end is then the largest id
+    )
+    t5 = T5Config(vocab_size=40, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu")
+    CLIPTokenizer(vocab=CLIP_VOCAB, merges=[], model_max_length=77).save_pretrained(directory / "tokenizer")
+    T5Tokenizer(vocab=T5_VOCAB, extra_ids=2).save_pretrained(directory / "tokenizer_2")
+    CLIPTextModel(clip).save_pretrained(directory / "text_encoder")
+    T5EncoderModel(t5).save_pretrained(directory / "text_encoder_2")
+    return directory
+
+
+def test_prompts_are_padded_and_cut_as_flux_expects(flux_dir):
+    clip = tokenize(flux_dir / "tokenizer", "ab", 77)
+    assert clip.shape == (1, 77)
+    assert clip[0, :5].tolist() == [END - 1, CLIP_VOCAB["a"], CLIP_VOCAB["b</w>"], END, END]
+    t5 = tokenize(flux_dir / "tokenizer_2", "ab", 512)
+    assert t5.shape == (1, 512)
+    assert t5[0, :6].tolist() == [3, 4, 5, 1, 0, 0]
+    assert tokenize(flux_dir / "tokenizer_2", "a " * 600, 512).shape == (1, 512)
+
+
+@torch.no_grad()
+def test_pooled_is_the_output_at_the_end_token_and_context_attends_to_padding(flux_dir):
+    context, pooled = encode_prompt(flux_dir, "ab", torch.float32)
+    assert context.shape == (1, 512, 24)
+    clip = CLIPTextModel.from_pretrained(flux_dir / "text_encoder")
+    alone = clip(torch.tensor([[END - 1, CLIP_VOCAB["a"], CLIP_VOCAB["b</w>"], END]])).last_hidden_state[:, -1]
+    torch.testing.assert_close(pooled, alone)  # causal: what follows the end token cannot matter
+    t5 = T5EncoderModel.from_pretrained(flux_dir / "text_encoder_2")
+    ids = tokenize(flux_dir / "tokenizer_2", "ab", 512)
+    torch.testing.assert_close(context, t5(ids, attention_mask=torch.ones_like(ids)).last_hidden_state)
+    masked = t5(ids, attention_mask=(ids != 0).long()).last_hidden_state
+    assert (masked - context)[:, :4].abs().max() > 1e-3
+
+
+def test_the_empty_prompt_differs_from_others_and_takes_the_dtype(flux_dir):
+    empty = encode_pooled(flux_dir, "", torch.float32)
+    assert empty.shape == (1, 16)
+    assert not empty.requires_grad
+    assert not torch.allclose(empty, encode_pooled(flux_dir, "cat", torch.float32))
+    assert encode_context(flux_dir, "", torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_incomplete_directories_are_refused(flux_dir, tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer_2 does not exist; give a FLUX\.1-dev directory"):
+        encode_prompt(tmp_path, "", torch.float32)
+    (tmp_path / "tokenizer_2").mkdir()
+    with pytest.raises(UserError, match=r"tokenizer_2 does not hold a whole tokenizer"):
+        encode_prompt(tmp_path, "", torch.float32)
+    (tmp_path / "tokenizer").symlink_to(flux_dir / "tokenizer")
+    encoder = tmp_path / "text_encoder"
+    encoder.mkdir()
+    with pytest.raises(UserError, match=r"text_encoder does not hold a whole CLIPTextModel"):
+        encode_pooled(tmp_path, "", torch.float32)
+    (encoder / "config.json").write_bytes((flux_dir / "text_encoder" / "config.json").read_bytes())
+    tensors = load_file(flux_dir / "text_encoder" / "model.safetensors")
+    lost = next(key for key in tensors if "q_proj.weight" in key)
+    save_file(
+        {key: value for key, value in tensors.items() if key != lost}, encoder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(
+        UserError, match=r"text_encoder lacks 1 tensors of a CLIPTextModel, the first is .*q_proj.weight"
+    ):
+        encode_pooled(tmp_path, "", torch.float32)
+    whole = (flux_dir / "text_encoder" / "model.safetensors").read_bytes()
+    (encoder / "model.safetensors").write_bytes(whole[:-8])
+    with pytest.raises(UserError, match=r"does not hold a whole CLIPTextModel"):
+        encode_pooled(tmp_path, "", torch.float32)
