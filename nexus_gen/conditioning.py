@@ -88,10 +88,17 @@ class EditingProjector(nn.Module):
         target_grid: Grid = TARGET,
         reference_grid: Grid = REFERENCE,
     ) -> Tensor:
-        """(B, N, D) target and, where there is a reference, (B, M, D) -> (B, N + M, C); target tokens come first."""
+        """(B, N, D) target and, where there is a reference, (B, M, D) -> (B, N + M, C); target tokens come first.
+
+        Raises ValueError when N or M is not what the grids say.
+        """
         grids = [target_grid] if source_embeds is None else [target_grid, reference_grid]
         hidden = target_embeds if source_embeds is None else torch.cat((target_embeds, source_embeds), dim=1)
         positions = torch.cat([projector_position_ids(grid) for grid in grids], dim=-1).to(hidden.device)
+        if positions.shape[-1] != hidden.shape[1]:
+            raise ValueError(
+                f"{hidden.shape[1]} embeddings do not fill the grids {grids}, {positions.shape[-1]} tokens"
+            )
         hidden = self.layers[0](hidden, position_embeddings=self._rotation(hidden, positions))
         return self.projector(hidden)
 

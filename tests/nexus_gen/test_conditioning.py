@@ -74,6 +74,8 @@ def test_projector_looks_both_ways_and_does_without_a_reference():
     alone = projector(target)
     assert alone.shape == (2, 81, CONTEXT_DIM)
     assert not torch.allclose(alone, context[:, :81])
+    with pytest.raises(ValueError, match="80 embeddings do not fill the grids"):
+        projector(target[:, :80])
 
 
 @pytest.mark.parametrize("round_positions", [True, False])
