@@ -40,6 +40,11 @@ class Row:
     line: int
     truth: dict[str, Any] | None = None
 
+    @property
+    def num_targets(self) -> int:
+        """Pictures in assistant turns."""
+        return sum(message["content"].count(IMAGE_TAG) for message in self.messages if message["role"] == "assistant")
+
 
 @dataclass
 class Summary:

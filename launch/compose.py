@@ -17,7 +17,7 @@ from train.schemas.stages import SCHEMAS, StageConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Sections that describe more than one stage reads; a stage takes its part of them.
-SHARED = ("model", "data", "logger", "resume")
+SHARED = ("model", "data", "logger")
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,9 @@ def prepare(config: StageConfig, again: bool) -> Path:
         finished = (config.artifact_dir / MANIFEST).is_file() and Manifest.load(
             config.artifact_dir
         ).config == earlier.get("config")
-        resume = getattr(config, "resume", True)
-        if again or finished or not resume:
+        if again or finished or not config.resume:
             shutil.rmtree(checkpoints)
+            shutil.rmtree(config.artifact_dir.with_name("artifact.partial"), ignore_errors=True)
             (config.run_dir / "timing.jsonl").unlink(missing_ok=True)
         elif earlier != identity:
             raise UserError(

@@ -39,11 +39,15 @@ from train.schemas.common import (
 
 @dataclass
 class StageConfig:
-    """What every stage has. A run lives in runs_dir/name, a stage in its own directory there."""
+    """What every stage has. A run lives in runs_dir/name, a stage in its own directory there.
+
+    resume: go on from what an interrupted try of the same config left; false starts over.
+    """
 
     stage: str
     seed: int
     launch: LaunchConfig
+    resume: bool = runtime()
     name: str = runtime()
     runs_dir: str = path()
 
@@ -153,7 +157,6 @@ class PretrainConfig(StageConfig):
     optim: OptimConfig
     trainer: TrainerConfig
     logger: LoggerConfig = runtime()
-    resume: bool = runtime()
 
     kind: ClassVar[str] = "ar_checkpoint"
     trains: ClassVar[bool] = True
@@ -274,7 +277,6 @@ class DecoderConfig(StageConfig):
     trainer: TrainerConfig
     shards: str = path()
     logger: LoggerConfig = runtime()
-    resume: bool = runtime()
 
     trains: ClassVar[bool] = True
     num_reference_tokens: ClassVar[int]

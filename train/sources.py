@@ -1,0 +1,41 @@
+"""The two stages before training in the tiny pipelines: the procedural dataset, and the stand-ins of the downloads."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from data.messages import read_rows
+from data.shapes import draw_rows
+from nexus_gen.specs.images import cover_crop, open_image
+from train.schemas.stages import ShapesStageConfig, StandinsStageConfig
+from train.stage import Stage
+from train.standins import build_standins
+
+
+class ShapesStage(Stage[ShapesStageConfig]):
+    def run(self) -> bool:
+        shapes = dataclasses.replace(self.config.shapes, seed=self.config.seed)
+        self.write_artifact(lambda directory: draw_rows(directory, shapes))
+        return True
+
+
+class StandinsStage(Stage[StandinsStageConfig]):
+    """The tokenizers learn from the dataset's words and the autoencoder from its pictures."""
+
+    def run(self) -> bool:
+        self.write_artifact(self.fill)
+        return True
+
+    def fill(self, directory: Path) -> dict[str, Any]:
+        rows = list(read_rows(Path(self.config.data.train)))
+        words = [message["content"] for row in rows for message in row.messages]
+        paths = sorted({path for row in rows for path in row.images})[: self.config.standins.num_images]
+        size = self.config.model.image_size
+        return build_standins(
+            directory,
+            self.config.model,
+            self.config.standins,
+            corpus=words,
+            images=[cover_crop(open_image(path), size) for path in paths],
+            seed=self.config.seed,
+        )
