@@ -1,0 +1,173 @@
+"""The stages generation_decoder and editing_decoder: shards in, a decoder in the released layout out."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2_5_VLConfig
+
+from data.loader import ShardLoader
+from data.shards import ShardSpec
+from nexus_gen.checkpoints import load_decoder, load_flux, save_decoder
+from nexus_gen.conditioning import EditingProjector, GenerationAdapter, init_from_qwen
+from nexus_gen.decoders import EditingDecoder, GenerationDecoder, build_editing_decoder, build_generation_decoder
+from nexus_gen.specs.artifact import Manifest
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.geometry import ProjectorGeometry
+from nexus_gen.specs.models import DECODER_FILES, RELEASED
+from nexus_gen.text_encoders import encode_pooled
+from train.decoder_module import DecoderModule
+from train.engine import CHECKPOINTS, complete_checkpoints, fit, gather_weights
+from train.schemas.stages import DecoderConfig, EditingDecoderConfig, require_checkpoint
+from train.stage import Stage
+
+Decoder = GenerationDecoder | EditingDecoder
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def projector_geometry(qwen: str | Path) -> ProjectorGeometry:
+    """Sizes of the editing projector's layer: those of the language model in a Qwen2.5-VL checkpoint directory."""
+    require_checkpoint("model.qwen", qwen)
+    language: Any = Qwen2_5_VLConfig.from_pretrained(qwen, local_files_only=True).text_config
+    return ProjectorGeometry(
+        hidden_size=language.hidden_size,
+        intermediate_size=language.intermediate_size,
+        num_heads=language.num_attention_heads,
+        num_key_value_heads=language.num_key_value_heads,
+        mrope_section=list(language.rope_parameters["mrope_section"]),
+        rope_theta=language.rope_parameters["rope_theta"],
+        rms_norm_eps=language.rms_norm_eps,
+    )
+
+
+def meta_decoder(config: DecoderConfig, embed_dim: int) -> Decoder:
+    """The decoder without weights, on the meta device in the training dtype.
+
+    Raises UserError when the embeddings are not as wide as the model that an editing decoder's projector comes from.
+    """
+    with torch.device("meta"):
+        if not isinstance(config, EditingDecoderConfig):
+            decoder: Decoder = build_generation_decoder(config.model.transformer, embed_dim)
+        else:
+            projector = projector_geometry(config.model.qwen)
+            if projector.hidden_size != embed_dim:
+                raise UserError(
+                    f"{config.shards} holds embeddings of width {embed_dim} and model.qwen {config.model.qwen} is "
+                    f"{projector.hidden_size} wide; give the checkpoint that the embeddings come from"
+                )
+            decoder = build_editing_decoder(config.model.transformer, projector)
+    return decoder.to(DTYPES[config.trainer.precision])
+
+
+def build_initial_decoder(config: DecoderConfig, embed_dim: int) -> Decoder:
+    """The decoder as training begins, on the CPU in the training dtype.
+
+    With init.decoder, that decoder. Else FLUX's transformer from model.flux and a fresh conditioner seeded by
+    config.seed, of which an editing decoder takes its layer from layer 0 of model.qwen.
+    embed_dim: width of the image embeddings. Raises UserError when weights do not fit the configured geometry.
+    """
+    decoder = meta_decoder(config, embed_dim)
+    dtype = DTYPES[config.trainer.precision]
+    if config.init.decoder:
+        load_decoder(decoder, decoder_file(config))
+        return decoder
+    decoder.transformer = load_flux(config.model.flux, config.model.transformer, dtype)
+    context_dim = config.model.transformer.context_dim
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if isinstance(decoder, GenerationDecoder):
+            decoder.adapter = GenerationAdapter(embed_dim, context_dim).to(dtype)
+        else:
+            assert isinstance(config, EditingDecoderConfig)
+            projector = EditingProjector(projector_geometry(config.model.qwen), context_dim).to(dtype)
+            init_from_qwen(projector, config.model.qwen)
+            decoder.embedding_merger = projector
+    return decoder
+
+
+def decoder_file(config: DecoderConfig) -> Path:
+    """The file that init.decoder means: itself, or the decoder inside a directory such as an artifact."""
+    path = Path(config.init.decoder)
+    if not path.is_dir():
+        return path
+    name = DECODER_FILES[config.kind]
+    for candidate in (path / name, (path / name).with_suffix(".bin")):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"init.decoder: {path} holds no {name} and no .bin of that name; give the path of a decoder file")
+
+
+class DecoderStage(Stage[DecoderConfig]):
+    """Shared by both decoders: they differ in their config, which names the decoder and its inputs."""
+
+    def run(self) -> bool:
+        config = self.config
+        spec = ShardSpec.load(Manifest.load(config.shards))
+        module = DecoderModule(
+            self._starting_decoder(spec.embed_dim),
+            encode_pooled(config.model.flux, "", DTYPES[config.trainer.precision]),
+            config.objective,
+            config.optim,
+            seed=config.seed,
+            max_steps=config.trainer.max_steps,
+            gradient_checkpointing=config.trainer.gradient_checkpointing,
+        )
+        loader = ShardLoader(
+            config.shards,
+            "train",
+            micro_batch_size=config.trainer.micro_batch_size,
+            accumulation=config.trainer.accumulation(self.world_size),
+            rank=self.rank,
+            world_size=self.world_size,
+            seed=config.seed,
+            num_workers=config.trainer.num_workers,
+        )
+        result = fit(module, loader, config.trainer, config.optim, config.logger, self.run_dir, self.device_type)
+        if not result.finished:
+            return False
+        weights = gather_weights(module.decoder, self.rank)
+
+        def export(directory: Path) -> dict[str, Any]:
+            decoder = meta_decoder(config, spec.embed_dim)
+            decoder.load_state_dict(weights, strict=True, assign=True)
+            save_decoder(decoder, directory / DECODER_FILES[config.kind])
+            return self._details(spec.embed_dim, result.metrics)
+
+        self.write_artifact(export)
+        return True
+
+    def _starting_decoder(self, embed_dim: int) -> Decoder:
+        """Rank zero's decoder holds the weights to start from; the engine hands them to the other ranks.
+
+        The others' memory, and everybody's when a checkpoint is about to fill it, stays untouched and so unoccupied.
+        """
+        if self.rank == 0 and not complete_checkpoints(self.run_dir / CHECKPOINTS):
+            return build_initial_decoder(self.config, embed_dim)
+        decoder = meta_decoder(self.config, embed_dim)
+        assert not any(True for _ in decoder.buffers()), "buffers are handed to nobody"
+        return decoder.to_empty(device="cpu")
+
+    def _details(self, embed_dim: int, metrics: dict[str, float]) -> dict[str, Any]:
+        """What inference needs to build and sample the decoder, and how training ended."""
+        config = self.config
+        details = {
+            "transformer": dataclasses.asdict(config.model.transformer),
+            "vae": dataclasses.asdict(config.model.vae),
+            "image_size": config.model.image_size,
+            "embed_dim": embed_dim,
+            "sampling": {**RELEASED[config.kind]["sampling"], "embedded_guidance": config.objective.guidance},
+            "steps": config.trainer.max_steps,
+            "metrics": metrics,
+        }
+        if isinstance(config, EditingDecoderConfig):
+            details["projector"] = dataclasses.asdict(projector_geometry(config.model.qwen))
+        return details
+
+
+class GenerationDecoderStage(DecoderStage):
+    """FLUX learns to paint from 81 embeddings."""
+
+
+class EditingDecoderStage(DecoderStage):
+    """FLUX learns to repaint from 81 target and 324 source embeddings."""
