@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from data.messages import check_rows
 from data.shapes import ShapesConfig
 from data.shards import ShardSpec
-
 from nexus_gen.specs.artifact import Manifest
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import (

@@ -1,0 +1,59 @@
+"""Pictures of every kind become RGB, and what is no picture is named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.images import cover_crop, open_image, squash, to_array
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
+def test_modes_become_rgb(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / ("picture.tiff" if mode == "CMYK" else "picture.png")
+    if mode == "I;16":
+        Image.fromarray(np.full((4, 6), 65535, dtype=np.uint16)).save(path)
+    else:
+        Image.new("RGB", (6, 4), "white").convert(mode).save(path)
+    image = open_image(path)
+    assert (image.mode, image.size) == ("RGB", (6, 4))
+    assert np.asarray(image).min() >= 250
+
+
+def test_transparency_shows_white_and_orientation_is_applied(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (4, 6)
+
+
+def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert open_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_what_is_no_picture_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(UserError, match=r"text\.png cannot be read"):
+        open_image(tmp_path / "text.png")
+    with pytest.raises(UserError, match=r"gone\.png does not exist"):
+        open_image(tmp_path / "gone.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"bomb\.png cannot be read"):
+        open_image(tmp_path / "bomb.png")
+
+
+def test_geometry() -> None:
+    image = Image.new("RGB", (200, 100), "black")
+    image.paste("white", (40, 0, 160, 100))
+    assert np.asarray(cover_crop(image, 50)).min() == 255  # the centre alone
+    assert np.asarray(squash(image, 50))[:, :5].max() < 30
+    array = to_array(image)
+    assert array.shape == (3, 100, 200)
+    assert (array.min(), array.max()) == (-1, 1)
