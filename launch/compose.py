@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nexus_gen.specs.errors import UserError, nearest
+from train.schemas.common import PATH
 from train.schemas.fields import keys, typed, walk
 from train.schemas.stages import SCHEMAS, StageConfig
 
@@ -48,7 +49,7 @@ def compose_stage(overrides: list[Override]) -> StageConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         try:
             composed = compose("run", overrides=[override.text for override in overrides])
-            values = OmegaConf.to_container(composed, resolve=True)
+            values: Any = OmegaConf.to_container(composed, resolve=True)
             stage = values["stage"]
             for override in overrides:
                 refuse_without_effect(override, stage, composed)
@@ -95,7 +96,7 @@ def keep(values: dict[str, Any], valid: set[str], prefix: str = "") -> dict[str,
 
 def absolute(stage: str, values: dict[str, Any]) -> dict[str, Any]:
     """Paths of the command line are relative to where it was typed; workers may start elsewhere."""
-    paths = [key for key, field in walk(SCHEMAS[stage]) if "path" in field.metadata]
+    paths = [key for key, marks in walk(SCHEMAS[stage]) if PATH in marks]
     for key in paths:
         *sections, leaf = key.split(".")
         section = values

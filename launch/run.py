@@ -9,6 +9,7 @@ import json
 import shlex
 import sys
 import time
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -84,7 +85,7 @@ def compose_pipeline(pipeline: str, given: list[Override]) -> list[StageConfig]:
         raise UserError(
             f"there is no pipeline={pipeline}{nearest(pipeline, (p.stem for p in path.parent.glob('*.yaml')))}"
         )
-    plan = OmegaConf.to_container(OmegaConf.load(path))
+    plan: Any = OmegaConf.to_container(OmegaConf.load(path))
     stages: list[str] = plan["stages"]
     overrides = [*map(Override.parse, plan["overrides"]), *given]
     reached = {override: False for override in overrides}

@@ -19,9 +19,9 @@ def ensure_torchvision() -> None:
     spec = importlib.util.find_spec("torchvision")
     if "torchvision" in sys.modules or spec is None or spec.origin is None:
         return
-    for library in Path(spec.origin).parent.glob("_C*.so"):
+    for file in Path(spec.origin).parent.glob("_C*.so"):
         try:
-            torch.ops.load_library(str(library))
+            torch.ops.load_library(str(file))
             return
         except OSError:
             continue

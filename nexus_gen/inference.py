@@ -20,7 +20,14 @@ from nexus_gen.conversation import collate, encode, patches
 from nexus_gen.decoders import EditingDecoder, GenerationDecoder, build_editing_decoder, build_generation_decoder
 from nexus_gen.flow_match import euler_sample
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import NUM_TARGET_TOKENS, REFERENCE_GRID, FluxGeometry, ProjectorGeometry, VaeGeometry
+from nexus_gen.specs.geometry import (
+    NUM_TARGET_TOKENS,
+    REFERENCE_GRID,
+    TARGET_GRID,
+    FluxGeometry,
+    ProjectorGeometry,
+    VaeGeometry,
+)
 from nexus_gen.specs.images import open_image, squash
 from nexus_gen.specs.models import ModelPaths
 from nexus_gen.specs.prompts import (
@@ -31,7 +38,7 @@ from nexus_gen.specs.prompts import (
     IMAGE_TAG,
     UNDERSTANDING_PROMPT,
 )
-from nexus_gen.text_encoders import encode_prompt
+from nexus_gen.text_encoders import encode_pooled, encode_prompt
 from nexus_gen.vae import FluxVae
 
 Picture = Image.Image | str | Path
@@ -68,7 +75,7 @@ class NexusGen:
         flux = FluxGeometry(**self.details["transformer"])
         with torch.device("meta"):
             if self.paths.decoder_kind == "generation_decoder":
-                decoder = build_generation_decoder(flux, self.details["embed_dim"])
+                decoder: GenerationDecoder | EditingDecoder = build_generation_decoder(flux, self.details["embed_dim"])
             else:
                 decoder = build_editing_decoder(flux, ProjectorGeometry(**self.details["projector"]))
         assert self.paths.decoder is not None
@@ -87,36 +94,51 @@ class NexusGen:
 
     @cached_property
     def pooled(self) -> Tensor:
-        return self.text_condition("")[1]
+        assert self.paths.flux is not None
+        return encode_pooled(self.paths.flux, "", self.dtype, self.device)
 
     def understand(self, image: Picture, question: str, max_new_tokens: int = 256) -> str:
-        """Answer a question about a picture (greedy decoding)."""
-        inputs = self._prompt(UNDERSTANDING_PROMPT.format(question), [image], reply_prefix="")
+        """Answer a question about a picture."""
+        return self.answer(UNDERSTANDING_PROMPT.format(question), [image], max_new_tokens)
+
+    def answer(self, content: str, images: list[Picture], max_new_tokens: int = 256) -> str:
+        """Reply to a user message, whose `<image>` tags the pictures fill, by greedy decoding."""
+        inputs = self._prompt(content, images, reply_prefix="")
         reply = generate_reply(self.autoregressive, **inputs, max_new_tokens=max_new_tokens).new_tokens[0]
         return self.processor.tokenizer.decode(reply, skip_special_tokens=True).strip()
 
-    def generation_embeds(self, prompt: str, language: str = "en") -> Tensor:
-        """The 81 embeddings of the picture that the autoregressive model imagines: (1, 81, D)."""
-        return self._imagine(GENERATION_PROMPT[language].format(prompt), GENERATION_REPLY[language], [])
+    def imagine(self, content: str, reply: str, images: list[Picture]) -> Tensor:
+        """The 81 embeddings of the picture that answers a user message: (1, 81, D).
 
-    def editing_embeds(self, image: Picture, instruction: str, language: str = "en") -> Tensor:
-        """The 81 embeddings of the picture as it should be after the edit: (1, 81, D)."""
-        return self._imagine(EDITING_PROMPT.format(instruction), EDITING_REPLY[language], [image])
+        reply: the assistant's words up to its `<image>` tag.
+        """
+        inputs = self._prompt(content, images, reply_prefix=reply.split(IMAGE_TAG)[0])
+        made = generate_reply(
+            self.autoregressive, **inputs, max_new_tokens=NUM_TARGET_TOKENS + 2, force_image_first=True
+        )
+        return made.image_embeds[0][0][None]
 
-    @torch.inference_mode()
+    def target_embeds(self, image: Picture) -> Tensor:
+        """The 81 vision embeddings of a picture, what `imagine` aims at: (1, 81, D)."""
+        return self._vision_embeds(image, TARGET_GRID)
+
     def source_embeds(self, image: Picture) -> Tensor:
         """The 324 vision embeddings of a picture to edit: (1, 324, D)."""
-        side = REFERENCE_GRID * self.processor.image_processor.patch_size
+        return self._vision_embeds(image, REFERENCE_GRID)
+
+    def _vision_embeds(self, image: Picture, grid_size: int) -> Tensor:
+        side = grid_size * self.processor.image_processor.patch_size
         pixel_values, grid = patches(self.processor, [squash(as_image(image), side)])
         return vision_embeddings(self.autoregressive, pixel_values.to(self.device), grid.to(self.device))[None]
 
     def generate(self, prompt: str, language: str = "en", **sampling: Any) -> Image.Image:
         """Paint a picture from a prompt; `sampling` as in `paint`."""
-        return self.paint(self.generation_embeds(prompt, language), **sampling)[0]
+        content = GENERATION_PROMPT[language].format(prompt)
+        return self.paint(self.imagine(content, GENERATION_REPLY[language], []), **sampling)[0]
 
     def edit(self, image: Picture, instruction: str, language: str = "en", **sampling: Any) -> Image.Image:
         """Repaint a picture; a generation decoder sees the imagined result only, an editing decoder the source too."""
-        target_embeds = self.editing_embeds(image, instruction, language)
+        target_embeds = self.imagine(EDITING_PROMPT.format(instruction), EDITING_REPLY[language], [image])
         reference = self.source_embeds(image) if self.paths.decoder_kind == "editing_decoder" else None
         return self.paint(target_embeds, reference, **sampling)[0]
 
@@ -173,7 +195,7 @@ class NexusGen:
         )
         return [as_picture(pixels) for pixels in self.vae.decode(latents)]
 
-    def _prompt(self, prompt: str, images: list[Picture], reply_prefix: str) -> dict[str, Tensor]:
+    def _prompt(self, prompt: str, images: list[Picture], reply_prefix: str) -> dict[str, Any]:
         """A user turn and the beginning of the reply, as `generate_reply` takes them."""
         tags = prompt.count(IMAGE_TAG)
         if tags != len(images):
@@ -190,13 +212,6 @@ class NexusGen:
         batch = collate([row], self.processor.tokenizer.pad_token_id)
         del batch["labels"]
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
-
-    def _imagine(self, prompt: str, reply: str, images: list[Picture]) -> Tensor:
-        inputs = self._prompt(prompt, images, reply_prefix=reply.split(IMAGE_TAG)[0])
-        made = generate_reply(
-            self.autoregressive, **inputs, max_new_tokens=NUM_TARGET_TOKENS + 2, force_image_first=True
-        )
-        return made.image_embeds[0][0][None]
 
 
 def as_image(picture: Picture) -> Image.Image:

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from nexus_gen.specs.prompts import IMAGE_TAG
 from nexus_gen.vae import FluxVae
 from train.schemas.fields import fingerprint_path
 from train.schemas.stages import EmbedEditingConfig, EmbedGenerationConfig, EmbedStageConfig
-from train.stage import Config, Stage
+from train.stage import Stage
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +53,12 @@ class Shard:
         return f"{self.split}/{self.number:06d}.tar"
 
 
-class EmbedStage(Stage[Config]):
+EmbedConfig = TypeVar("EmbedConfig", bound=EmbedStageConfig)
+
+
+class EmbedStage(Stage[EmbedConfig]):
     """Shared by both: which rows, which process, latents. A subclass says what a row's embeddings are."""
 
-    config: EmbedStageConfig
     num_reference_tokens: int
 
     def run(self) -> bool:

@@ -7,6 +7,7 @@ checkpoint, so the file reads as if nothing had been interrupted.
 import json
 import time
 from pathlib import Path
+from typing import Any, cast
 
 from nexus_gen.specs.artifact import write_text_atomic
 from train.schemas.common import LoggerConfig
@@ -30,7 +31,9 @@ class MetricsLogger:
     """Writes on rank zero; on other ranks every call does nothing."""
 
     def __init__(self, run_dir: Path, config: LoggerConfig, rank: int, start_step: int = 0) -> None:
-        self._file = self._tensorboard = self._wandb = None
+        self._file: Any = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
         if rank != 0:
             return
         kept = [row for row in read_metrics(run_dir) if row["step"] <= start_step]
@@ -45,7 +48,7 @@ class MetricsLogger:
 
             self._wandb = wandb.init(
                 project=config.wandb_project,
-                mode=config.wandb_mode,
+                mode=cast(Any, config.wandb_mode),
                 dir=str(run_dir / "log"),
                 name=f"{run_dir.parent.name}-{run_dir.name}",
                 resume="allow",

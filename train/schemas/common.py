@@ -1,20 +1,16 @@
 """Config sections that several stages share. Names, types and units live here; values live in configs/."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry
 
-
-def path() -> Any:
-    """A field that holds a path: made absolute when composed; its content enters fingerprints, its place does not."""
-    return field(metadata={"path": True})
-
-
-def runtime() -> Any:
-    """A field that changes how a stage runs and not what it makes: left out of fingerprints."""
-    return field(metadata={"runtime": True})
+# Marks on a field's type. PATH: made absolute when composed; its content enters fingerprints, its place does not.
+# RUNTIME: changes how a stage runs and not what it makes; left out of fingerprints.
+PATH = "path"
+RUNTIME = "runtime"
+PathStr = Annotated[str, PATH]
 
 
 def one_of(key: str, value: Any, *valid: Any) -> None:
@@ -109,10 +105,10 @@ class TrainerConfig:
     global_batch_size: int
     max_steps: int
     gradient_checkpointing: bool
-    checkpoint_every_steps: int = runtime()
-    keep_checkpoints: int = runtime()
-    log_every_steps: int = runtime()
-    num_workers: int = runtime()
+    checkpoint_every_steps: Annotated[int, RUNTIME]
+    keep_checkpoints: Annotated[int, RUNTIME]
+    log_every_steps: Annotated[int, RUNTIME]
+    num_workers: Annotated[int, RUNTIME]
 
     def accumulation(self, world_size: int) -> int:
         """Micro batches per optimizer step; UserError when the batch sizes do not divide."""
@@ -139,7 +135,7 @@ class TrainerConfig:
 class QwenConfig:
     """The autoregressive side: a Qwen2.5-VL or Nexus-Gen checkpoint directory; geometry is in its config.json."""
 
-    qwen: str = path()
+    qwen: PathStr
 
 
 @dataclass
@@ -149,7 +145,7 @@ class DiffusionConfig:
     transformer: FluxGeometry
     vae: VaeGeometry
     image_size: int
-    flux: str = path()
+    flux: PathStr
 
     def check(self) -> None:
         unit = self.vae.downscale * self.transformer.patch_size
@@ -181,5 +177,5 @@ class MessagesConfig:
 
     max_length: int
     max_pixels: int
-    train: str = path()
-    heldout: str = path()
+    train: PathStr
+    heldout: PathStr

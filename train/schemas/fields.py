@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from train.schemas.stages import SCHEMAS, StageConfig
 _SAMPLED_BYTES = 1 << 20  # of large files, the two ends and the size stand for the whole
 
 
-def walk(schema: type, prefix: str = "") -> typing.Iterator[tuple[str, dataclasses.Field]]:
-    """(dotted key, field) of every leaf and section of a config dataclass."""
-    hints = typing.get_type_hints(schema)
+def walk(schema: type, prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(dotted key, marks) of every leaf and section of a config dataclass."""
+    hints = typing.get_type_hints(schema, include_extras=True)
     for field in dataclasses.fields(schema):
-        key = f"{prefix}{field.name}"
-        yield key, field
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from walk(hints[field.name], f"{key}.")
+        hint = hints[field.name]
+        marks = getattr(hint, "__metadata__", ())
+        kind = typing.get_args(hint)[0] if marks else hint
+        yield f"{prefix}{field.name}", marks
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield from walk(kind, f"{prefix}{field.name}.")
 
 
 def keys(stage: str) -> set[str]:
@@ -50,7 +53,7 @@ def typed(stage: str, values: dict[str, Any]) -> StageConfig:
 
 def fingerprint_values(config: StageConfig) -> dict[str, Any]:
     """The values that decide what a stage makes: no paths (their content counts), nothing of how it runs."""
-    left_out = {key for key, field in walk(type(config)) if field.metadata.keys() & {"path", "runtime"}}
+    left_out = {key for key, marks in walk(type(config)) if marks}
 
     def kept(values: dict[str, Any], prefix: str) -> dict[str, Any]:
         return {

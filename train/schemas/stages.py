@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from data.messages import check_rows
 from data.shapes import ShapesConfig
@@ -21,18 +21,18 @@ from nexus_gen.specs.geometry import (
     VisionGeometry,
 )
 from train.schemas.common import (
+    RUNTIME,
     DiffusionConfig,
     LaunchConfig,
     LoggerConfig,
     MessagesConfig,
     ModelConfig,
     OptimConfig,
+    PathStr,
     QwenConfig,
     TrainerConfig,
     one_of,
-    path,
     positive,
-    runtime,
 )
 
 
@@ -45,10 +45,10 @@ class StageConfig:
 
     stage: str
     seed: int
-    launch: LaunchConfig
-    resume: bool = runtime()
-    name: str = runtime()
-    runs_dir: str = path()
+    launch: Annotated[LaunchConfig, RUNTIME]
+    resume: Annotated[bool, RUNTIME]
+    name: Annotated[str, RUNTIME]
+    runs_dir: PathStr
 
     kind: ClassVar[str]  # the artifact that the stage makes
     trains: ClassVar[bool] = False  # has steps, checkpoints and metrics
@@ -111,7 +111,7 @@ class StandinsModelConfig:
 
 @dataclass
 class StandinsDataConfig:
-    train: str = path()
+    train: PathStr
 
 
 @dataclass
@@ -155,7 +155,7 @@ class PretrainConfig(StageConfig):
     freeze: FreezeConfig
     optim: OptimConfig
     trainer: TrainerConfig
-    logger: LoggerConfig = runtime()
+    logger: Annotated[LoggerConfig, RUNTIME]
 
     kind: ClassVar[str] = "ar_checkpoint"
     trains: ClassVar[bool] = True
@@ -187,15 +187,15 @@ class EmbedConfig:
 
     samples_per_shard: int
     dtype: str
-    batch_size: int = runtime()
-    autoregressive: str = path()
+    batch_size: Annotated[int, RUNTIME]
+    autoregressive: PathStr
 
 
 @dataclass
 class EmbedDataConfig:
     max_pixels: int
-    train: str = path()
-    heldout: str = path()
+    train: PathStr
+    heldout: PathStr
 
 
 @dataclass
@@ -263,7 +263,7 @@ class SamplingConfig:
 class DecoderInit:
     """decoder: a released or earlier decoder file to go on from; empty starts from FLUX and a fresh conditioner."""
 
-    decoder: str = path()
+    decoder: PathStr
 
 
 @dataclass
@@ -274,8 +274,8 @@ class DecoderConfig(StageConfig):
     sampling: SamplingConfig
     optim: OptimConfig
     trainer: TrainerConfig
-    shards: str = path()
-    logger: LoggerConfig = runtime()
+    shards: PathStr
+    logger: Annotated[LoggerConfig, RUNTIME]
 
     trains: ClassVar[bool] = True
     num_reference_tokens: ClassVar[int]
