@@ -1,5 +1,8 @@
 """Token counts and model geometry; no torch, so that launchers can read them.
 
+The dataclasses are not frozen because omegaconf takes that for read-only and then cannot fill them.
+
+The dataclasses are not frozen: OmegaConf, which fills them from configs, could not write to frozen ones.
 Legend: a grid is counted in vision patches per side before merging; 2 x 2 patches merge into one token.
 """
 
@@ -12,7 +15,7 @@ NUM_TARGET_TOKENS = (TARGET_GRID // MERGE_SIZE) ** 2  # 81
 NUM_REFERENCE_TOKENS = (REFERENCE_GRID // MERGE_SIZE) ** 2  # 324
 
 
-@dataclass(frozen=True)
+@dataclass
 class VisionGeometry:
     """Qwen2.5-VL's vision tower; `out_hidden_size` is the language model's width."""
 
@@ -25,7 +28,7 @@ class VisionGeometry:
     fullatt_block_indexes: list[int]
 
 
-@dataclass(frozen=True)
+@dataclass
 class LanguageGeometry:
     """Qwen2.5's decoder; `mrope_section` sums to half the head width."""
 
@@ -40,7 +43,7 @@ class LanguageGeometry:
     rms_norm_eps: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class ProjectorGeometry:
     """The editing decoder's projector: one Qwen2.5 decoder layer, sized like those of the autoregressive model."""
 
@@ -58,7 +61,7 @@ class ProjectorGeometry:
         return cls(**{field.name: getattr(language, field.name) for field in fields(cls)})
 
 
-@dataclass(frozen=True)
+@dataclass
 class FluxGeometry:
     """FLUX's transformer; `rope_axes_dim` sums to hidden_size / num_heads."""
 
@@ -73,7 +76,7 @@ class FluxGeometry:
     patch_size: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class VaeGeometry:
     """FLUX's autoencoder: one entry of `channels` per resolution, halved between entries."""
 
@@ -88,7 +91,7 @@ class VaeGeometry:
         return 2 ** (len(self.channels) - 1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class TextEncoderGeometry:
     """CLIP's or T5's text encoder."""
 
