@@ -34,7 +34,7 @@ class Override:
         try:
             parsed = OverridesParser.create().parse_override(text)
         except HydraException as error:
-            raise UserError(f"'{text}' is not key=value: {str(error).splitlines()[1]}") from error
+            raise UserError(f"'{text}' is not key=value: {str(error).splitlines()[-1]}") from error
         if parsed.is_sweep_override():
             raise UserError(f"'{text}' is a sweep; give one value, or start one run per value")
         key = parsed.key_or_group.split("@")[0]

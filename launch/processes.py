@@ -11,18 +11,25 @@ from nexus_gen.specs.errors import UserError
 from train.schemas.common import LaunchConfig
 
 
-def worker_command(launch: LaunchConfig, config_path: Path) -> list[str]:
-    """torchrun with the worker module; the same for one process and for many, so that one code path is tested."""
-    rendezvous = (
+def worker_command(launch: LaunchConfig, config_path: Path, rendezvous: str | None = None) -> list[str]:
+    """torchrun with the worker module; the same for one process and for many, so that one code path is tested.
+
+    rendezvous: host:port where several nodes meet, if not launch.rendezvous.
+    """
+    meeting = (
         ["--standalone"]
         if launch.num_nodes == 1
-        else [f"--nnodes={launch.num_nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={launch.rendezvous}"]
+        else [
+            f"--nnodes={launch.num_nodes}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={rendezvous or launch.rendezvous}",
+        ]
     )
     return [
         sys.executable,
         "-m",
         "torch.distributed.run",
-        *rendezvous,
+        *meeting,
         f"--nproc-per-node={launch.processes_per_node}",
         "-m",
         "train.worker",
@@ -40,12 +47,7 @@ def slurm_script(launch: LaunchConfig, config_path: Path) -> str:
     """A batch script that starts one torchrun per node; the first node of the job is the meeting point."""
     hours, minutes = divmod(launch.timeout_minutes, 60)
     exports = [f"export {name}={value}" for name, value in worker_environment(launch).items()]
-    command = worker_command(launch, config_path)
-    if launch.num_nodes > 1:
-        command = [
-            '"$head":29500'.join(part.split(launch.rendezvous)) if "--rdzv-endpoint" in part else part
-            for part in command
-        ]
+    command = worker_command(launch, config_path, rendezvous='"$head":29500')
     return "\n".join(
         [
             "#!/usr/bin/env bash",

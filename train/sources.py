@@ -1,6 +1,5 @@
 """The two stages before training in the tiny pipelines: the procedural dataset, and the stand-ins of the downloads."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from train.standins import build_standins
 
 class ShapesStage(Stage[ShapesStageConfig]):
     def run(self) -> bool:
-        shapes = dataclasses.replace(self.config.shapes, seed=self.config.seed)
-        self.write_artifact(lambda directory: draw_rows(directory, shapes))
+        self.write_artifact(lambda directory: draw_rows(directory, self.config.shapes, self.config.seed))
         return True
 
 

@@ -55,7 +55,7 @@ def test_help_and_config_errors_import_no_torch(arguments: list[str]) -> None:
         (["rum"], "no command 'rum'; did you mean 'run'?"),
         (["run"], "give one of stage=... and pipeline=..."),
         (["run", "stage=prtrain"], "there is no stage=prtrain; did you mean 'pretrain'?"),
-        (["run", "pipeline=tyni"], "there is no pipeline=tyni; did you mean 'tiny'?"),
+        (["run", "pipeline=tinny"], "there is no pipeline=tinny; did you mean 'tiny'?"),
         (["run", "stage=pretrain", "trainer.max_step=3"], "'trainer.max_step'; did you mean 'trainer.max_steps'?"),
         (["run", "stage=pretrain", "+trainer.foo=3"], "stage=pretrain has no key 'trainer.foo'"),
         (["run", "stage=pretrain", "trainer.max_steps=many"], "trainer.max_steps: Value 'many'"),
