@@ -2,7 +2,6 @@
 
 The dataclasses are not frozen because omegaconf takes that for read-only and then cannot fill them.
 
-The dataclasses are not frozen: OmegaConf, which fills them from configs, could not write to frozen ones.
 Legend: a grid is counted in vision patches per side before merging; 2 x 2 patches merge into one token.
 """
 
