@@ -15,7 +15,7 @@ from nexus_gen.decoders import EditingDecoder, GenerationDecoder, build_editing_
 from nexus_gen.specs.artifact import Manifest
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import ProjectorGeometry
-from nexus_gen.specs.models import DECODER_FILES, RELEASED
+from nexus_gen.specs.models import DECODER_FILES
 from nexus_gen.text_encoders import encode_pooled
 from train.decoder_module import DecoderModule
 from train.engine import CHECKPOINTS, complete_checkpoints, fit, gather_weights
@@ -156,7 +156,7 @@ class DecoderStage(Stage[DecoderConfig]):
             "vae": dataclasses.asdict(config.model.vae),
             "image_size": config.model.image_size,
             "embed_dim": embed_dim,
-            "sampling": {**RELEASED[config.kind]["sampling"], "embedded_guidance": config.objective.guidance},
+            "sampling": dataclasses.asdict(config.sampling),
             "steps": config.trainer.max_steps,
             "metrics": metrics,
         }

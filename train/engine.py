@@ -168,7 +168,11 @@ class StepGuard(pl.Callback):
 
 
 class StepMetrics(pl.Callback):
-    """train/loss, train/lr, train/grad_norm and throughput into the MetricsLogger; a progress bar on rank zero."""
+    """train/loss, train/lr, train/grad_norm and throughput into the MetricsLogger; a progress bar on rank zero.
+
+    last: the latest values logged. What belongs to the interval under way is kept in checkpoints, so that a resumed
+    run logs the losses of an uninterrupted one.
+    """
 
     def __init__(self, guard: StepGuard, metrics: MetricsLogger, config: TrainerConfig, start_step: int) -> None:
         self.last: dict[str, float] = {}
@@ -179,7 +183,14 @@ class StepMetrics(pl.Callback):
         self._losses: list[float] = []
         self._learning_rate = 0.0
         self._since = 0.0
+        self._timed_steps = 0
         self._bar: tqdm | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": self.last, "losses": self._losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last, self._losses = state_dict["last"], state_dict["losses"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._since = time.monotonic()
@@ -197,10 +208,11 @@ class StepMetrics(pl.Callback):
         self._losses.append(self._guard.loss)
         if self._bar is not None:
             self._bar.update()
-        if step % self._config.log_every_steps and step != self._config.max_steps and not self._guard.stopping:
+        self._timed_steps += 1
+        if step % self._config.log_every_steps and step != self._config.max_steps:
             return
         now = time.monotonic()
-        step_s = (now - self._since) / len(self._losses)
+        step_s = (now - self._since) / self._timed_steps
         self.last = {
             "train/loss": sum(self._losses) / len(self._losses),
             "train/lr": self._learning_rate,
@@ -210,8 +222,8 @@ class StepMetrics(pl.Callback):
         }
         self._metrics.log(step, self.last)
         self._show(step)
-        self._losses.clear()
-        self._since = now
+        self._losses = []
+        self._since, self._timed_steps = now, 0
 
     def _gradient_norm(self, trainer: pl.Trainer) -> dict[str, float]:
         strategy: Any = trainer.strategy

@@ -1,0 +1,137 @@
+"""Noise per sample, losses over micro batches, and the learning rate."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nexus_gen.decoders import build_generation_decoder
+from nexus_gen.flow_match import flow_match_loss
+from nexus_gen.specs.geometry import FluxGeometry
+from train.decoder_module import DecoderModule, learning_rate_factor, sample_noise
+from train.schemas.common import OptimConfig
+from train.schemas.stages import DecoderObjective
+
+FLUX = FluxGeometry(32, 2, 1, 2, 24, 16, [4, 6, 6], 16, 2)
+EMBED_DIM = 20
+SHAPE = (16, 4, 6)
+
+
+def module(timesteps: str = "per_sample", seed: int = 7) -> DecoderModule:
+    torch.manual_seed(0)
+    return DecoderModule(
+        build_generation_decoder(FLUX, EMBED_DIM),
+        pooled=torch.randn(1, FLUX.pooled_dim),
+        objective=DecoderObjective(timesteps, guidance=3.5),
+        optim=OptimConfig(1e-3, 0.01, [0.9, 0.95], warmup_steps=2, schedule="cosine", max_grad_norm=1.0),
+        seed=seed,
+        max_steps=10,
+        gradient_checkpointing=False,
+    )
+
+
+def batch_of(*indices: int, epoch: int = 0) -> dict[str, Tensor]:
+    """Samples as the loader stacks them: the tensors of a sample follow from its index."""
+    generators = [torch.Generator().manual_seed(index) for index in indices]
+    return {
+        "latents": torch.stack([torch.randn(SHAPE, generator=generator) for generator in generators]),
+        "target_embeds": torch.stack([torch.randn(81, EMBED_DIM, generator=generator) for generator in generators]),
+        "epoch": torch.full((len(indices),), epoch),
+        "index": torch.tensor(indices),
+    }
+
+
+def test_noise_follows_from_seed_epoch_and_index_alone():
+    generator = torch.Generator()
+    timestep, noise = sample_noise(7, 2, 5, SHAPE, generator)
+    torch.randn(3, generator=generator)
+    again, same = sample_noise(7, 2, 5, SHAPE, generator)
+    assert torch.equal(noise, same)
+    assert timestep == again
+    for other in ((8, 2, 5), (7, 3, 5), (7, 2, 6), (7, 5, 2)):
+        assert not torch.equal(noise, sample_noise(*other, SHAPE, generator)[1])
+
+
+def test_noise_is_normal_and_timesteps_cover_the_schedule():
+    generator = torch.Generator()
+    draws = [sample_noise(0, 0, index, SHAPE, generator) for index in range(1500)]
+    noise = torch.cat([noise for _, noise in draws])
+    timesteps = torch.cat([timestep for timestep, _ in draws]).float()
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01
+    assert 0 <= timesteps.min() < 20
+    assert 980 <= timesteps.max() < 1000
+    assert abs(timesteps.mean() - 500) < 25  # 3 standard errors are 22
+
+
+def test_a_sample_meets_the_same_noise_in_whatever_batch():
+    together = module().on_before_batch_transfer(batch_of(3, 1, 4, 2, epoch=1), 0)
+    apart = module().on_before_batch_transfer(batch_of(4, 9, epoch=1), 0)
+    for name in ("noise", "timestep_index"):
+        assert torch.equal(together[name][2], apart[name][0])
+    assert len(set(together["timestep_index"].tolist())) == 4
+
+
+def test_per_batch_gives_all_samples_the_first_ones_timestep():
+    shared = module("per_batch").on_before_batch_transfer(batch_of(3, 1, 4), 0)
+    own = module().on_before_batch_transfer(batch_of(3, 1, 4), 0)
+    assert shared["timestep_index"].tolist() == own["timestep_index"][:1].tolist() * 3
+    assert torch.equal(shared["noise"], own["noise"])
+
+
+def gradients(*batches: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the mean over equally large micro batches."""
+    trained = module()
+    for batch in batches:
+        (trained.training_step(trained.on_before_batch_transfer(batch, 0), 0) / len(batches)).backward()
+    return {name: parameter.grad for name, parameter in trained.decoder.named_parameters()}
+
+
+def test_two_micro_batches_give_the_gradient_of_one():
+    whole, halves = gradients(batch_of(0, 1, 2, 3)), gradients(batch_of(0, 1), batch_of(2, 3))
+    for name, gradient in whole.items():
+        # Measured: 2e-7 absolute, where the largest gradients are 1e-1.
+        torch.testing.assert_close(halves[name], gradient, rtol=1e-4, atol=2e-6, msg=name)
+    assert all(gradient.abs().max() > 0 for gradient in whole.values()), "a parameter that nothing trains"
+
+
+def test_training_step_is_the_flow_matching_loss_and_adds_up():
+    trained = module()
+    batch = trained.on_before_batch_transfer(batch_of(0, 1, 2), 0)
+    loss = trained.training_step(batch, 0)
+
+    def velocity(noisy: Tensor, timestep: Tensor) -> Tensor:
+        return trained.decoder(noisy, timestep, torch.full((3,), 3.5), trained._pooled, batch["target_embeds"])
+
+    expected = flow_match_loss(velocity, batch["latents"], batch["noise"], batch["timestep_index"])
+    torch.testing.assert_close(loss, expected.mean())
+    trained.training_step(batch, 1)
+    torch.testing.assert_close(trained.loss_sum, 2 * loss.detach())
+
+
+@pytest.mark.parametrize("schedule, values", [
+    ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
+    ("linear", [0.5, 1.0, 1.0, 0.5, 0.0]),
+    ("cosine", [0.5, 1.0, 1.0, 0.5, 0.0]),
+])  # fmt: skip
+def test_schedules_at_their_corners(schedule, values):
+    steps = (0, 1, 2, 6, 10)
+    assert [learning_rate_factor(step, 2, 10, schedule) for step in steps] == pytest.approx(values)
+
+
+def test_cosine_falls_slowly_first_and_no_warmup_starts_at_the_top():
+    assert learning_rate_factor(4, 2, 10, "cosine") == pytest.approx(0.853553, abs=1e-6)
+    assert learning_rate_factor(4, 2, 10, "linear") == pytest.approx(0.75)
+    assert learning_rate_factor(0, 0, 10, "cosine") == 1.0
+
+
+def test_optimizer_holds_every_parameter_and_the_configured_rates():
+    trained = module()
+    configured = trained.configure_optimizers()
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(trained.parameters()))
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([1e-3 * learning_rate_factor(step, 2, 10, "cosine") for step in range(4)])

@@ -1,0 +1,296 @@
+"""What the engine adds to a plain training loop: nothing to the numbers; agreement, checkpoints, an artifact."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import tiny_qwen
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from data.loader import ShardLoader
+from data.shards import ShardSpec, write_shard
+from launch.processes import worker_command, worker_environment
+from nexus_gen.checkpoints import load_decoder, save_decoder, save_flux
+from nexus_gen.decoders import build_generation_decoder
+from nexus_gen.flux import FluxTransformer
+from nexus_gen.specs.artifact import Manifest, seal, verify
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry
+from nexus_gen.text_encoders import encode_pooled
+from train.decoder_module import DecoderModule
+from train.decoder_stages import build_initial_decoder
+from train.engine import StepGuard, StopRequest, checkpoint_step, complete_checkpoints, deepspeed_config
+from train.metrics import read_metrics
+from train.schemas.fields import typed
+from train.schemas.run_directory import prepare
+from train.schemas.stages import DecoderConfig
+
+FLUX = FluxGeometry(32, 2, 1, 2, 24, 16, [4, 6, 6], 16, 2)
+VAE = VaeGeometry([8, 16], 1, 4, 16)
+EMBED_DIM = 20
+LATENTS = (16, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FLUX.1-dev/, qwen/ and shards/ of the smallest kind."""
+    root = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(0)
+    save_flux(FluxTransformer(FLUX), root / "FLUX.1-dev" / "flux1-dev.safetensors")
+    vocabulary = {"a": 0, "a</w>": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}
+    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77).save_pretrained(root / "FLUX.1-dev" / "tokenizer")
+    clip = CLIPTextConfig(
+        vocab_size=4, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=2
+    )
+    CLIPTextModel(clip).save_pretrained(root / "FLUX.1-dev" / "text_encoder")
+    tiny_qwen.write_checkpoint(root / "qwen")
+    write_shards(root / "shards")
+    return root
+
+
+def write_shards(directory: Path) -> None:
+    (directory / "train").mkdir(parents=True)
+    samples = [
+        (
+            f"{index:09d}",
+            {"target_embeds": torch.randn(81, EMBED_DIM), "latents": torch.randn(LATENTS)},
+            {"index": index},
+        )
+        for index in range(10)
+    ]
+    write_shard(directory / "train" / "000000.tar", samples)
+    details = {
+        "spec": dataclasses.asdict(ShardSpec(81, 0, EMBED_DIM, list(LATENTS), "float32", "encoder")),
+        "splits": {"train": [{"file": "train/000000.tar", "samples": 10}]},
+    }
+    seal(directory, Manifest("embedding_shards", "embed_generation", {}, {}, {}, details))
+
+
+def config(inputs: Path, runs_dir: Path, stage: str = "generation_decoder", decoder: str = "") -> DecoderConfig:
+    model: dict[str, Any] = {
+        "transformer": dataclasses.asdict(FLUX),
+        "vae": dataclasses.asdict(VAE),
+        "image_size": 16,
+        "flux": str(inputs / "FLUX.1-dev"),
+    }
+    if stage == "editing_decoder":
+        model["qwen"] = str(inputs / "qwen")
+    values = {
+        "stage": stage,
+        "name": "test",
+        "runs_dir": str(runs_dir),
+        "seed": 3,
+        "resume": True,
+        "shards": str(inputs / "shards"),
+        "init": {"decoder": decoder},
+        "model": model,
+        "objective": {"timesteps": "per_sample", "guidance": 3.5},
+        "sampling": {"num_inference_steps": 2, "cfg_scale": 1.0, "embedded_guidance": 3.5},
+        "optim": {
+            "learning_rate": 1e-2,
+            "weight_decay": 0.01,
+            "betas": [0.9, 0.95],
+            "warmup_steps": 2,
+            "schedule": "cosine",
+            "max_grad_norm": 0.1,
+        },
+        "trainer": {
+            "precision": "float32",
+            "zero_stage": 2,
+            "micro_batch_size": 2,
+            "global_batch_size": 4,
+            "max_steps": 5,
+            "gradient_checkpointing": False,
+            "checkpoint_every_steps": 2,
+            "keep_checkpoints": 2,
+            "log_every_steps": 1,
+            "num_workers": 0,
+        },
+        "launch": {
+            "kind": "local",
+            "num_nodes": 1,
+            "processes_per_node": 1,
+            "device": "cpu",
+            "threads_per_process": 1,
+            "rendezvous": "",
+            "timeout_minutes": 0,
+            "partition": "",
+        },
+        "logger": {"tensorboard": False, "wandb_mode": "disabled", "wandb_project": ""},
+    }
+    made = typed(stage, values)
+    assert isinstance(made, DecoderConfig)
+    return made
+
+
+def train_plainly(config: DecoderConfig) -> tuple[dict[str, Tensor], list[float]]:
+    """Five steps of ordinary PyTorch on the stage's model and batches: the weights and the loss of every step."""
+    trainer = config.trainer
+    module = DecoderModule(
+        build_initial_decoder(config, EMBED_DIM),
+        encode_pooled(config.model.flux, "", torch.float32),
+        config.objective,
+        config.optim,
+        seed=config.seed,
+        max_steps=trainer.max_steps,
+        gradient_checkpointing=False,
+    )
+    loader = ShardLoader(
+        config.shards,
+        "train",
+        micro_batch_size=trainer.global_batch_size,
+        accumulation=1,
+        rank=0,
+        world_size=1,
+        seed=config.seed,
+        num_workers=0,
+    )
+    configured = module.configure_optimizers()
+    losses = []
+    for batch in islice(loader, trainer.max_steps):
+        loss = module.training_step(module.on_before_batch_transfer(batch, 0), 0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), config.optim.max_grad_norm)
+        configured["optimizer"].step()
+        configured["optimizer"].zero_grad()
+        configured["lr_scheduler"]["scheduler"].step()
+        losses.append(loss.item())
+    return dict(module.decoder.state_dict()), losses
+
+
+@pytest.mark.slow
+def test_a_stage_trains_as_a_plain_loop_does_and_writes_its_artifact(inputs: Path, tmp_path: Path) -> None:
+    made = config(inputs, tmp_path)
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_JOB_NAME": "job"}  # to be ignored
+    subprocess.run(
+        worker_command(made.launch, prepare(made, again=False)),
+        env={**os.environ, **slurm, **worker_environment(made.launch)},
+        check=True,
+        timeout=300,
+    )
+    manifest = verify(made.artifact_dir)
+    assert manifest.kind == "generation_decoder"
+    assert manifest.details["embed_dim"] == EMBED_DIM
+    assert FluxGeometry(**manifest.details["transformer"]) == FLUX
+    weights, losses = train_plainly(made)
+    rows = read_metrics(made.run_dir)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["train/loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert rows[0]["train/lr"] == pytest.approx(5e-3)
+    assert manifest.details["metrics"]["train/loss"] == rows[-1]["train/loss"]
+    trained = build_generation_decoder(FLUX, EMBED_DIM)
+    load_decoder(trained, made.artifact_dir / "generation_decoder.safetensors")
+    for name, tensor in trained.state_dict().items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-5, msg=name)
+    checkpoints = complete_checkpoints(made.run_dir / "checkpoints")
+    assert [checkpoint_step(path) for path in checkpoints] == [4, 5]
+
+
+def test_half_written_checkpoints_are_not_resumed(tmp_path: Path) -> None:
+    assert complete_checkpoints(tmp_path) == []
+    for name in ("step_00000100", "step_00000020", "step_00000200.partial"):
+        (tmp_path / name).mkdir()
+    assert [checkpoint_step(path) for path in complete_checkpoints(tmp_path)] == [20, 100]
+
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def guard():
+    before = signal.getsignal(signal.SIGTERM)
+    yield StepGuard(StopRequest())
+    signal.signal(signal.SIGTERM, before)
+
+
+class Summing(pl.LightningModule):
+    loss_sum: Tensor | float = 0.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer(
+    process_group: None, guard: StepGuard, bad: float
+) -> None:
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, accumulate_grad_batches=2)
+    module = Summing()
+    module.loss_sum = torch.tensor(bad)
+    guard.on_before_optimizer_step(trainer, module, None)  # not yet: one micro batch of two
+    with pytest.raises(UserError, match=rf"the loss of step 1 is {bad}; .* before the optimizer"):
+        guard.on_before_optimizer_step(trainer, module, None)
+
+
+def test_the_guard_averages_micro_batches_and_passes_a_sigterm_on(process_group: None, guard: StepGuard) -> None:
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, accumulate_grad_batches=2)
+    module = Summing()
+    for stop in (False, True):
+        if stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        module.loss_sum = torch.tensor(3.0)
+        guard.on_before_optimizer_step(trainer, module, None)
+        guard.on_before_optimizer_step(trainer, module, None)
+        assert guard.loss == 1.5
+        assert module.loss_sum == 0
+        assert guard.stopping is stop
+
+
+def test_buckets_are_no_larger_than_the_model(inputs: Path, tmp_path: Path) -> None:
+    trainer = dataclasses.replace(config(inputs, tmp_path).trainer, zero_stage=3)
+    zero = deepspeed_config(trainer, num_parameters=1000, device_type="cpu")["zero_optimization"]
+    assert zero["stage"] == 3
+    assert zero["reduce_bucket_size"] == 1000
+    assert deepspeed_config(trainer, 12_000_000_000, "cuda")["zero_optimization"]["reduce_bucket_size"] < 10**9
+
+
+def test_initial_decoder_is_flux_and_a_seeded_conditioner(inputs: Path, tmp_path: Path) -> None:
+    made = config(inputs, tmp_path)
+    random_state = torch.get_rng_state()
+    first, second = (build_initial_decoder(made, EMBED_DIM).state_dict() for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    flux = load_file(inputs / "FLUX.1-dev" / "flux1-dev.safetensors")
+    assert torch.equal(first["transformer.x_embedder.weight"], flux["img_in.weight"])
+    other = build_initial_decoder(dataclasses.replace(made, seed=4), EMBED_DIM).state_dict()
+    assert not torch.equal(first["adapter.0.weight"], other["adapter.0.weight"])
+    assert torch.equal(first["transformer.x_embedder.weight"], other["transformer.x_embedder.weight"])
+
+
+def test_editing_decoder_starts_from_the_first_layer_of_qwen(inputs: Path, tmp_path: Path) -> None:
+    made = config(inputs, tmp_path, "editing_decoder")
+    width = json.loads((inputs / "qwen" / "config.json").read_text())["hidden_size"]
+    decoder = build_initial_decoder(made, width)
+    qwen = load_file(inputs / "qwen" / "model.safetensors")
+    layer = decoder.embedding_merger.layers[0].state_dict()
+    assert all(torch.equal(tensor, qwen[f"model.layers.0.{name}"]) for name, tensor in layer.items())
+    with pytest.raises(UserError, match=f"width {width + 1} and model.qwen .* is {width} wide"):
+        build_initial_decoder(made, width + 1)
+
+
+@pytest.mark.parametrize("where", ["decoder.bin", "artifact/generation_decoder.safetensors"])
+def test_initial_decoder_goes_on_from_a_decoder_file_or_directory(inputs: Path, tmp_path: Path, where: str) -> None:
+    torch.manual_seed(1)
+    earlier = build_generation_decoder(FLUX, EMBED_DIM)
+    save_decoder(earlier, tmp_path / where)
+    given = tmp_path / where if where.endswith(".bin") else tmp_path / "artifact"
+    decoder = build_initial_decoder(config(inputs, tmp_path, decoder=str(given)), EMBED_DIM)
+    for name, tensor in earlier.state_dict().items():
+        assert torch.equal(decoder.state_dict()[name], tensor), name
+
+
+def test_a_directory_without_a_decoder_is_refused(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"init.decoder: .* holds no generation_decoder.safetensors"):
+        build_initial_decoder(config(inputs, tmp_path, decoder=str(tmp_path)), EMBED_DIM)
