@@ -1,0 +1,213 @@
+"""Tiny stand-ins of the downloads, Qwen2.5-VL-Instruct and FLUX.1-dev, in their layout: `stage=standins`.
+
+The same loaders read them as read the full-size models. The language model, the text encoders and FLUX are random; the
+tokenizers and the autoencoder are trained here, and the frozen vision tower is initialised to keep what it sees.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from nexus_gen.ar_checkpoint import SpecialTokenIds, build_autoregressive, save_autoregressive
+from nexus_gen.checkpoints import save_flux, save_vae
+from nexus_gen.compat import ensure_torchvision
+from nexus_gen.flux import FluxTransformer
+from nexus_gen.specs.artifact import write_text_atomic
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.geometry import MERGE_SIZE, FluxGeometry, TextEncoderGeometry
+from train.schemas.stages import StandinsConfig, StandinsModelConfig
+from train.tiny_tokenizers import template_texts, train_clip_tokenizer, train_qwen_tokenizer, train_t5_tokenizer
+from train.tiny_vae import fit_vae, reconstruction_psnr
+from train.tiny_vision import calibrate_vision, initialise_vision
+
+ensure_torchvision()
+
+from transformers import (  # noqa: E402
+    CLIPTextConfig,
+    CLIPTextModel,
+    GenerationConfig,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    T5Config,
+    T5EncoderModel,
+)
+
+QWEN_DIR = "Qwen2.5-VL-Instruct"
+FLUX_DIR = "FLUX.1-dev"
+MIN_TOKENS, MAX_TOKENS = 4, 16384  # bounds of a picture in merged tokens, as Qwen2.5-VL's preprocessor has them
+HELD_OUT = 32  # pictures that the autoencoder is scored on and not fitted to, at most an eighth
+
+
+def build_standins(
+    directory: Path,
+    model: StandinsModelConfig,
+    standins: StandinsConfig,
+    corpus: Iterable[str],
+    images: list[Image.Image],
+    seed: int,
+) -> dict[str, Any]:
+    """Write `Qwen2.5-VL-Instruct/` and `FLUX.1-dev/` under `directory`; returns what was measured.
+
+    corpus: texts that the tokenizers learn from. images: `model.image_size` square, for the autoencoder and for the
+    scale of the vision tower. The files depend on the arguments, on nothing else but the number of threads.
+    Raises UserError when a vocabulary is too small, there is no picture, or the widths do not fit together.
+    """
+    check(model, standins, images)
+    texts = list(corpus)
+    num_parameters = {"qwen": build_qwen(directory / QWEN_DIR, standins, texts, images, seed)}
+    num_held_out = min(HELD_OUT, len(images) // 8)
+    vae = fit_vae(model.vae, images[num_held_out:], standins.vae_steps, seed)
+    flux = build_flux_transformer(model.transformer, seed)
+    save_vae(vae, directory / FLUX_DIR / "ae.safetensors", "bfl")
+    save_flux(flux, directory / FLUX_DIR / "flux1-dev.safetensors", "bfl")
+    num_parameters |= {"vae": count(vae), "transformer": count(flux)}
+    num_parameters |= build_text_encoders(directory / FLUX_DIR, standins.clip, standins.t5, texts, seed)
+    write_json(directory / FLUX_DIR / "model_index.json", {"_class_name": "FluxPipeline", **PIPELINE_PARTS})
+    psnr = reconstruction_psnr(vae, images[:num_held_out] or images)
+    return {"num_parameters": num_parameters, "vae_psnr_db": round(psnr, 2)}
+
+
+# What diffusers reads first of a FLUX.1-dev directory: a part's library and class.
+PIPELINE_PARTS = {
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+}
+
+
+def check(model: StandinsModelConfig, standins: StandinsConfig, images: list[Image.Image]) -> None:
+    """UserError for what would fail later, or only in another stage."""
+    if not images:
+        raise UserError("data.train holds no pictures; the autoencoder cannot be fitted without some")
+    for section, width, wanted, ours in (
+        ("clip", standins.clip.hidden_size, model.transformer.pooled_dim, "pooled_dim"),
+        ("t5", standins.t5.hidden_size, model.transformer.context_dim, "context_dim"),
+    ):
+        if width != wanted:
+            raise UserError(
+                f"standins.{section}.hidden_size is {width} where model.transformer.{ours} is {wanted}; make them equal"
+            )
+
+
+def build_qwen(
+    directory: Path, standins: StandinsConfig, corpus: list[str], images: list[Image.Image], seed: int
+) -> int:
+    """Write a Qwen2.5-VL checkpoint with tokenizer and processor; returns its number of parameters."""
+    tokenizer = train_qwen_tokenizer(corpus, standins.language.vocab_size)
+    ids: Any = tokenizer.convert_tokens_to_ids
+    tokens = SpecialTokenIds(
+        image=ids("<|image_pad|>"),
+        video=ids("<|video_pad|>"),
+        vision_start=ids("<|vision_start|>"),
+        vision_end=ids("<|vision_end|>"),
+        end_of_turn=ids("<|im_end|>"),
+        padding=ids("<|endoftext|>"),
+    )
+    model = build_autoregressive(standins.vision, standins.language, tokens, seed=seed)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokens.padding, eos_token_id=[tokens.end_of_turn, tokens.padding], pad_token_id=tokens.padding
+    )
+    token_pixels = (MERGE_SIZE * standins.vision.patch_size) ** 2
+    sizes = {
+        "patch_size": standins.vision.patch_size,
+        "merge_size": MERGE_SIZE,
+        "min_pixels": MIN_TOKENS * token_pixels,
+        "max_pixels": MAX_TOKENS * token_pixels,
+    }
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**sizes),
+        video_processor=Qwen2VLVideoProcessor(**sizes),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    )
+    initialise_vision(model.model.visual, seed)
+    calibrate_vision(model.model.visual, processor, images)
+    save_autoregressive(model, directory, as_qwen=True)
+    tokenizer.save_pretrained(directory)
+    processor.image_processor.save_pretrained(directory)
+    return count(model)
+
+
+# The outputs of every modulation, and the last layer.
+ZEROED = ("norm1_a.linear", "norm1_b.linear", "norm.linear", "norm_out.linear", "final_proj_out")
+
+
+def build_flux_transformer(geometry: FluxGeometry, seed: int) -> FluxTransformer:
+    """A random FLUX transformer with the initialisation of DiT: every block begins as the identity."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        flux = FluxTransformer(geometry)
+        initialise_flux(flux)
+    return flux
+
+
+def initialise_flux(flux: FluxTransformer) -> None:
+    """Xavier for every matrix, N(0, 0.02) for timestep and guidance; modulations and output 0 (adaLN-Zero).
+
+    Source: DiT, Peebles and Xie 2022.
+    """
+    for name, module in flux.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if name == "final_proj_out" or name.endswith(
+            ("norm1_a.linear", "norm1_b.linear", "norm.linear", "norm_out.linear")
+        ):
+            nn.init.zeros_(module.weight)
+        elif "timestep_embedder" in name:
+            nn.init.normal_(module.weight, std=0.02)
+        else:
+            nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def build_text_encoders(
+    directory: Path, clip: TextEncoderGeometry, t5: TextEncoderGeometry, corpus: list[str], seed: int
+) -> dict[str, int]:
+    """Write CLIP and T5 with their tokenizers; returns their numbers of parameters."""
+    texts = [*template_texts(), *corpus]
+    train_clip_tokenizer(texts, clip.vocab_size).save_pretrained(directory / "tokenizer")
+    train_t5_tokenizer(texts, t5.vocab_size).save_pretrained(directory / "tokenizer_2")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        clip_model = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=clip.vocab_size,
+                hidden_size=clip.hidden_size,
+                intermediate_size=clip.intermediate_size,
+                num_hidden_layers=clip.num_layers,
+                num_attention_heads=clip.num_heads,
+                projection_dim=clip.hidden_size,
+                bos_token_id=0,
+                eos_token_id=2,  # as in FLUX.1-dev's config: the end of the text is then the largest id
+            )
+        )
+        t5_model = T5EncoderModel(
+            T5Config(
+                vocab_size=t5.vocab_size,
+                d_model=t5.hidden_size,
+                d_kv=t5.hidden_size // t5.num_heads,
+                d_ff=t5.intermediate_size,
+                num_layers=t5.num_layers,
+                num_heads=t5.num_heads,
+                feed_forward_proj="gated-gelu",
+            )
+        )
+    clip_model.save_pretrained(directory / "text_encoder")
+    t5_model.save_pretrained(directory / "text_encoder_2")
+    return {"clip": count(clip_model), "t5": count(t5_model)}
+
+
+def count(model: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    write_text_atomic(path, json.dumps(values, indent=2) + "\n")
