@@ -1,0 +1,279 @@
+"""The pretrain stage: Qwen2.5-VL learns to understand, generate and edit pictures, on ms-swift's trainer.
+
+Run by `python -m train.worker runs/<name>/pretrain/config.yaml`, under torchrun for one process too. DeepSpeed carries
+every ZeRO stage, 0 included: its checkpoints name weights as they are in memory, where the trainer's own would hold
+them under the names of the layout on disk and load nothing.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+# Before transformers and swift are imported, which read them then: a checkpoint is a local directory.
+os.environ.update({"HF_HUB_OFFLINE": "1", "USE_HF": "1", "LOG_LEVEL": "WARNING"})
+
+import deepspeed
+import torch
+from deepspeed.accelerator import set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from swift.pipelines.train.sft import SwiftSft
+from torch import Tensor
+from transformers import GenerationConfig, ProgressCallback, Qwen2_5_VLConfig
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.logging import disable_progress_bar
+
+from nexus_gen.ar_checkpoint import save_autoregressive
+from nexus_gen.autoregressive import LossWeights
+from nexus_gen.specs.artifact import write_text_atomic
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.geometry import TARGET_GRID
+from train.message_stream import MessageFile, MessageStream
+from train.metrics import MetricsLogger, read_metrics
+from train.schemas.stages import PretrainConfig
+from train.stage import Stage
+from train.swift_callbacks import (
+    StepCheckpoints,
+    StepGuard,
+    StepMetrics,
+    checkpoint_step,
+    complete_checkpoints,
+    remove_incomplete_checkpoints,
+)
+from train.swift_plugin import NAME
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
+
+
+class PretrainStage(Stage[PretrainConfig]):
+    def run(self) -> bool:
+        """Train on from the latest checkpoint, or from model.qwen, and export; False when a SIGTERM ended training."""
+        config = self.config
+        keep_swift_logs(self.run_dir / "log" / f"swift-rank{self.rank}.log")
+        if self.device_type == "cpu":
+            set_accelerator(CPU_Accelerator())
+            # DeepSpeed would compile (40 s, with g++) a shared-memory reduction that only its inference calls.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.start_process_group()
+        deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)
+
+        checkpoints = self.run_dir / CHECKPOINTS
+        if self.rank == 0:
+            remove_incomplete_checkpoints(checkpoints)
+        self.barrier()
+        pipeline = PretrainPipeline(config, self.rank, self.world_size, self.device_type)
+        pipeline.main()
+        if not pipeline.finished:
+            return False
+        weights = pipeline.gather_weights()
+
+        def export(directory: Path) -> dict[str, Any]:
+            pipeline.restore_config()
+            save_autoregressive(pipeline.model, directory, processor_from=config.model.qwen, state_dict=weights)
+            return {
+                "max_pixels": config.data.max_pixels,
+                "max_length": config.data.max_length,
+                "hidden_size": pipeline.model.config.get_text_config().hidden_size,
+                "target_grid": TARGET_GRID,
+                "steps": config.trainer.max_steps,
+                # Throughput stays in metrics.jsonl: details enter the artifact's fingerprint.
+                "metrics": {
+                    name: value for name, value in read_metrics(self.run_dir)[-1].items() if name.startswith("train/")
+                },
+            }
+
+        self.write_artifact(export)
+        return True
+
+
+class PretrainPipeline(SwiftSft):
+    """Swift's own pipeline, with our dataset order and our callbacks; the loss is the model's.
+
+    finished: after `main()`, whether all steps are done; a SIGTERM ends training before.
+    """
+
+    def __init__(self, config: PretrainConfig, rank: int, world_size: int, device_type: str) -> None:
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        self.accumulation = config.trainer.accumulation(world_size)
+        self.finished = False
+        deepspeed_path = config.run_dir / "log" / "deepspeed.json"
+        if rank == 0:
+            settings = deepspeed_config(config.trainer.zero_stage, device_type)
+            write_text_atomic(deepspeed_path, json.dumps(settings, indent=1) + "\n")
+        torch.distributed.barrier()
+        super().__init__(swift_arguments(config, self.accumulation, deepspeed_path, device_type))
+
+    def _prepare_model_tokenizer(self, **kwargs: Any) -> None:
+        """Load whole weights on the CPU under ZeRO-3 too: strict loading compares shapes, which partitions lack."""
+        hf_config = self.args.training_args.hf_deepspeed_config
+        unset_hf_deepspeed_config()
+        super()._prepare_model_tokenizer(init_seed=self.config.seed, **kwargs)
+        set_hf_deepspeed_config(hf_config)
+        objective = self.config.objective
+        self.model.loss_weights = LossWeights(
+            objective.text_loss_weight, objective.image_loss_weight, 1 - objective.cosine_fraction
+        )
+
+    def _prepare_dataset(self) -> list[Any]:
+        """Rows straight from the JSONL: swift would copy them into a cache outside the run."""
+        trainer = self.config.trainer
+        stream = MessageStream(
+            MessageFile(self.config.data.train),
+            self.template.encode,
+            num_samples=trainer.max_steps * trainer.global_batch_size,
+            micro_batch_size=trainer.micro_batch_size,
+            world_size=self.world_size,
+            seed=self.config.seed,
+        )
+        return [stream, None]
+
+    def train(self, trainer: Any) -> dict[str, Any]:
+        """Train on from the latest complete checkpoint."""
+        config = self.config
+        directory = config.run_dir / CHECKPOINTS
+        checkpoints = complete_checkpoints(directory)
+        start_step = checkpoint_step(checkpoints[-1]) if checkpoints else 0
+        guard = StepGuard(self.accumulation, start_step)
+        metrics = MetricsLogger(config.run_dir, config.logger, self.rank, start_step)
+        step_metrics = StepMetrics(guard, metrics, config.trainer, lambda: trainer.optimizer.param_groups[0]["lr"])
+        # DeepSpeed's own files hold the weights; swift's copy would gather them all and take their space once more.
+        trainer.save_model = lambda *args, **kwargs: None
+        trainer.remove_callback(ProgressCallback)  # swift's; it prints every log as a dict
+        trainer.add_callback(step_metrics)
+        trainer.add_callback(StepCheckpoints(guard, directory, config.trainer))
+        self.template.on_loss = guard.on_loss
+        self.trainer = trainer
+        parameters = list(self.model.parameters())
+        log.info(
+            "%d parameters in %s, %d of them trained, %d processes, %d samples per pass and process, ZeRO stage %d, "
+            "step %d of %d",
+            sum(parameter.numel() for parameter in parameters),
+            config.trainer.precision,
+            sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            self.world_size,
+            config.trainer.micro_batch_size,
+            config.trainer.zero_stage,
+            start_step,
+            config.trainer.max_steps,
+        )
+        guard.listen()
+        try:
+            trainer.train(str(checkpoints[-1]) if checkpoints else None)
+        except UserError as error:
+            # What a loader process raises arrives as the text of its traceback.
+            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from error
+        finally:
+            metrics.close()
+        self.finished = trainer.state.global_step >= config.trainer.max_steps
+        return {}
+
+    def restore_config(self) -> None:
+        """Give the model back the settings of the checkpoint: swift switches caching off and caps generated tokens."""
+        qwen = Path(self.config.model.qwen)
+        self.model.config = Qwen2_5_VLConfig.from_pretrained(qwen, local_files_only=True)
+        self.model.generation_config = (
+            GenerationConfig.from_pretrained(qwen, local_files_only=True)
+            if (qwen / GENERATION_CONFIG_NAME).is_file()
+            else GenerationConfig.from_model_config(self.model.config)
+        )
+
+    def gather_weights(self) -> dict[str, Tensor]:
+        """The whole weights on rank zero, by their names in memory; every rank has to call it."""
+        return self.trainer.accelerator.get_state_dict(self.trainer.deepspeed)
+
+
+def swift_arguments(config: PretrainConfig, accumulation: int, deepspeed_path: Path, device_type: str) -> list[str]:
+    """The command line of `swift sft` that this config stands for."""
+    trainer, optim = config.trainer, config.optim
+    in_bfloat16 = trainer.precision == "bfloat16"
+    values: dict[str, Any] = {
+        "model": config.model.qwen,
+        "model_type": NAME,
+        "template": NAME,
+        "tuner_type": "full",
+        "torch_dtype": trainer.precision,
+        "bf16": in_bfloat16,
+        "fp16": False,  # float32 weights would mean float16 autocast
+        "use_cpu": device_type == "cpu",
+        "freeze_llm": False,
+        "freeze_vit": config.freeze.vision,
+        "freeze_aligner": config.freeze.merger,
+        "dataset": config.data.train,
+        "max_length": config.data.max_length,
+        "max_pixels": config.data.max_pixels,
+        "train_dataloader_shuffle": False,  # the stream is in training order
+        "dataloader_num_workers": trainer.num_workers,
+        "seed": config.seed,
+        "per_device_train_batch_size": trainer.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": trainer.max_steps,
+        "gradient_checkpointing": trainer.gradient_checkpointing,
+        "vit_gradient_checkpointing": trainer.gradient_checkpointing and not config.freeze.vision,
+        "learning_rate": optim.learning_rate,
+        "weight_decay": optim.weight_decay,
+        "adam_beta1": optim.betas[0],
+        "adam_beta2": optim.betas[1],
+        "lr_scheduler_type": SCHEDULES[optim.schedule],
+        "warmup_steps": optim.warmup_steps,
+        "max_grad_norm": optim.max_grad_norm,
+        "deepspeed": deepspeed_path,
+        "output_dir": config.run_dir / CHECKPOINTS,
+        "add_version": False,
+        "save_strategy": "no",  # StepCheckpoints decides when
+        "logging_strategy": "no",  # and StepMetrics
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "check_model": False,  # would ask a hub whether a newer one exists
+    }
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
+def deepspeed_config(zero_stage: int, device_type: str) -> dict[str, Any]:
+    """DeepSpeed's settings; `auto` is filled in by transformers from the arguments and the model's width."""
+    zero: dict[str, Any] = {
+        "stage": zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": device_type == "cuda",  # there are no streams to overlap on a CPU
+        "reduce_bucket_size": "auto",
+    }
+    if zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+    return {
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": zero,
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "steps_per_print": 1 << 62,  # metrics are ours
+    }
+
+
+def keep_swift_logs(path: Path) -> None:
+    """Send the hundreds of lines that swift and its libraries log into a file; warnings still reach the console."""
+    disable_progress_bar()
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.NOTSET)  # importing swift raised it to ERROR
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(path)
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in ("swift", "modelscope", "transformers", "deepspeed", "DeepSpeed", "accelerate", "py.warnings"):
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+        logger.addHandler(to_file)
+        logger.propagate = False
+    logging.getLogger("swift").setLevel(logging.INFO)
+    logging.captureWarnings(True)

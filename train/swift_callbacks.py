@@ -1,0 +1,224 @@
+"""What happens around each optimizer step of the pretrain stage: agreement of the ranks, metrics, checkpoints.
+
+Steps are optimizer steps. Swift's trainer runs the loop and calls these.
+"""
+
+import logging
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from nexus_gen.autoregressive import NexusGenOutput
+from nexus_gen.specs.errors import UserError
+from train.metrics import MetricsLogger
+from train.schemas.common import TrainerConfig
+
+log = logging.getLogger(__name__)
+
+COMPLETE = "complete"  # an empty file that is written into a checkpoint when all ranks are done with it
+
+
+class StepGuard:
+    """Lets the ranks agree, once per optimizer step and before it, on the mean losses and on whether to stop.
+
+    One reduction serves both. It runs in the forward of the step's last micro-batch: DeepSpeed steps its optimizer
+    inside the backward pass, so every later hook would be too late for a loss that is not finite.
+    """
+
+    def __init__(self, accumulation: int, start_step: int) -> None:
+        self.stopping = False  # a rank has received a SIGTERM
+        self.losses: dict[str, float] = {}  # of the last step, means over its micro-batches on all ranks
+        self.num_tokens = 0  # of the last step, on all ranks, without padding
+        self._accumulation = accumulation
+        self._micro_batches = start_step * accumulation
+        self._sums: torch.Tensor | float = 0.0
+        self._signalled = False
+
+    def listen(self) -> None:
+        """Remember a SIGTERM from now on, so that training can finish its step and save."""
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+    def on_loss(self, outputs: NexusGenOutput, inputs: dict[str, Any]) -> None:
+        """Called after each forward pass; UserError on every rank when a rank's loss is not finite."""
+        assert outputs.loss is not None and outputs.text_loss is not None and outputs.image_loss is not None
+        losses = torch.stack([outputs.loss, outputs.text_loss, outputs.image_loss]).detach()
+        # float64: counts of tokens and of stops share a tensor with losses
+        self._sums = self._sums + torch.cat([losses, inputs["attention_mask"].sum().reshape(1)]).double()
+        self._micro_batches += 1
+        if self._micro_batches % self._accumulation == 0:
+            self._agree()
+
+    def _agree(self) -> None:
+        assert isinstance(self._sums, torch.Tensor)
+        facts = torch.cat([self._sums, self._sums.new_tensor([float(self._signalled)])])
+        self._sums = 0.0
+        torch.distributed.all_reduce(facts)
+        num_micro_batches = self._accumulation * torch.distributed.get_world_size()
+        *sums, num_tokens, stop = facts.tolist()
+        names = ("train/loss", "train/text_loss", "train/image_loss")
+        self.losses = {name: value / num_micro_batches for name, value in zip(names, sums, strict=True)}
+        self.num_tokens = int(num_tokens)
+        self.stopping = stop > 0
+        if not math.isfinite(self.losses["train/loss"]):
+            values = ", ".join(f"{name} {value}" for name, value in self.losses.items())
+            raise UserError(
+                f"the loss of step {self._micro_batches // self._accumulation} is not finite ({values}); training "
+                "stopped before the optimizer used it: lower optim.learning_rate, set optim.max_grad_norm, or look for "
+                "broken rows in data.train"
+            )
+
+
+class StepMetrics(TrainerCallback):
+    """Losses, learning rate, gradient norm and throughput into the MetricsLogger; a progress bar on rank zero.
+
+    learning_rate: tells the rate that the coming step will use.
+    """
+
+    def __init__(
+        self, guard: StepGuard, metrics: MetricsLogger, config: TrainerConfig, learning_rate: Callable[[], float]
+    ) -> None:
+        self.last: dict[str, float] = {}
+        self._guard = guard
+        self._metrics = metrics
+        self._config = config
+        self._learning_rate = learning_rate
+        self._rate = 0.0
+        self._losses: list[dict[str, float]] = []
+        self._num_tokens = 0
+        self._since = 0.0
+        self._bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._since = time.monotonic()
+        if state.is_world_process_zero:
+            # disable=None: no bar where nobody watches; the log lines below are then all there is.
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._rate = self._learning_rate()  # at the end of the step the schedule has moved on
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._losses.append(self._guard.losses)
+        self._num_tokens += self._guard.num_tokens
+        if self._bar is not None:
+            self._bar.update()
+        due = state.global_step % self._config.log_every_steps == 0
+        control.should_log = due or self._guard.stopping or state.global_step == state.max_steps
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """`logs` come from the trainer, which alone knows the gradient norm; at the end of training it sums up."""
+        if not self._losses:
+            return
+        now = time.monotonic()
+        elapsed_s = now - self._since
+        num_steps = len(self._losses)
+        step_s = elapsed_s / num_steps
+        self.last = {
+            **{name: sum(losses[name] for losses in self._losses) / num_steps for name in self._losses[0]},
+            "train/lr": self._rate,
+            **self._gradient_norm(logs or {}),
+            "perf/samples_per_s": self._config.global_batch_size / step_s,
+            "perf/tokens_per_s": self._num_tokens / elapsed_s,
+            "perf/eta_s": (state.max_steps - state.global_step) * step_s,
+        }
+        self._metrics.log(state.global_step, self.last)
+        if state.is_world_process_zero:
+            self._show(state)
+        self._losses = []
+        self._num_tokens = 0
+        self._since = now
+
+    def _gradient_norm(self, logs: dict[str, float]) -> dict[str, float]:
+        norm = logs.get("grad_norm")  # before clipping; DeepSpeed tells none at ZeRO stage 0 in float32
+        return {} if norm is None else {"train/grad_norm": float(norm)}
+
+    def _show(self, state: TrainerState) -> None:
+        text, image = self.last["train/text_loss"], self.last["train/image_loss"]
+        rate = self.last["perf/samples_per_s"]
+        if self._bar is not None and not self._bar.disable:
+            self._bar.set_postfix_str(f"text {text:.4f}, image {image:.4f}, {rate:.1f} samples/s", refresh=False)
+            return
+        left = timedelta(seconds=round(self.last["perf/eta_s"]))
+        step = f"step {state.global_step}/{state.max_steps}"
+        log.info("%s: text loss %.4f, image loss %.4f, %.1f samples/s, %s left", step, text, image, rate, left)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class StepCheckpoints(TrainerCallback):
+    """Checkpoints every N steps, after the last step, and when the ranks agreed to stop; that also ends training.
+
+    The trainer writes them in place, so each is marked when all ranks are done; older ones go only after that.
+    """
+
+    def __init__(self, guard: StepGuard, directory: Path, config: TrainerConfig) -> None:
+        self._guard = guard
+        self._directory = directory
+        self._config = config
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        step, every = state.global_step, self._config.checkpoint_every_steps
+        due = every > 0 and step % every == 0
+        control.should_save = due or self._guard.stopping or step == state.max_steps
+        if self._guard.stopping:
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        torch.distributed.barrier()
+        if state.is_world_process_zero:
+            path = checkpoint_path(self._directory, state.global_step)
+            (path / COMPLETE).touch()
+            for old in complete_checkpoints(self._directory)[: -self._config.keep_checkpoints]:
+                shutil.rmtree(old)
+            log.info("checkpoint %s", path.name)
+        torch.distributed.barrier()
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where swift's trainer writes the checkpoint of a step."""
+    return directory / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def checkpoint_step(path: Path) -> int:
+    """The optimizer steps done before this checkpoint."""
+    return int(path.name.rsplit("-", 1)[1])
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints that were written to the end, oldest first."""
+    return sorted(
+        (mark.parent for mark in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")), key=checkpoint_step
+    )
+
+
+def remove_incomplete_checkpoints(directory: Path) -> None:
+    """What interruptions left behind; for rank zero alone."""
+    complete = complete_checkpoints(directory)
+    for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if path not in complete:
+            log.warning("removing %s: it was not written to the end", path)
+            shutil.rmtree(path)

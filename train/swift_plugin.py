@@ -1,0 +1,149 @@
+"""What ms-swift has to know about Nexus-Gen: a model type, and the template that turns message rows into inputs.
+
+Importing this module registers both under the name `nexus_gen`. Swift's argument parser wants them registered before
+it reads `--model_type` and `--template`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from swift.model import ModelLoader, ModelMeta, register_model
+from swift.template import MaxLengthError, Template, register_template
+from swift.template.template_inputs import StdTemplateInputs
+from swift.template.templates.qwen import Qwen2_5VLTemplate, QwenTemplateMeta
+from torch import Tensor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor
+
+from nexus_gen.ar_checkpoint import load_autoregressive, load_processor
+from nexus_gen.autoregressive import NexusGenForConditionalGeneration, NexusGenOutput
+from nexus_gen.conversation import bound, patches, target_size
+from nexus_gen.specs.geometry import MERGE_SIZE
+from nexus_gen.specs.images import open_image, squash
+from nexus_gen.specs.prompts import IMAGE_TAG
+
+NAME = "nexus_gen"
+IMAGE_TOKEN = "<|image_pad|>"
+IMAGE_MARKUP = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
+
+
+class NexusGenLoader(ModelLoader):
+    """Loads through our checkpoint code: strict, offline, from released, exported and plain Qwen2.5-VL directories.
+
+    init_seed: seeds the two tensors that a plain Qwen2.5-VL lacks.
+    """
+
+    def __init__(self, *args: Any, init_seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.init_seed = init_seed
+
+    def get_config(self, model_dir: str) -> Qwen2_5_VLConfig:
+        return Qwen2_5_VLConfig.from_pretrained(model_dir, local_files_only=True)
+
+    def get_processor(self, model_dir: str, config: Any) -> Qwen2_5_VLProcessor:
+        return load_processor(model_dir)
+
+    def get_model(
+        self, model_dir: str, config: Any, processor: Any, model_kwargs: Any
+    ) -> NexusGenForConditionalGeneration:
+        """On the CPU, in the dtype that swift was told; the trainer moves it, or partitions it, from there."""
+        return load_autoregressive(model_dir, dtype=self.torch_dtype, init_seed=self.init_seed)
+
+
+class NexusGenTemplate(Qwen2_5VLTemplate):
+    """Rows with pictures on both sides: those of user turns are looked at, those of replies are learned.
+
+    Pictures of replies are squashed to 18 x 18 patches and their tokens are labels, as are the vision_start and
+    vision_end around them; pictures of user turns are bounded by `max_pixels` and are no labels. Target embeddings
+    come from the model's own forward, so swift's post-encode hook has nothing to do.
+
+    on_loss: called with every training output and its inputs, before the backward pass.
+    """
+
+    model_accepts_loss_kwargs = False  # micro-batches are averaged plainly; swift would weigh them by label tokens
+    _requires_mm_token_type_ids = False  # the model tells modalities by token ids
+    on_loss: Callable[[NexusGenOutput, dict[str, Any]], None] | None = None
+
+    def init_processor(self, processor: Any) -> None:
+        if processor is not None and not self._processor_inited:
+            # Swift keeps the ids of the released tokenizer as class constants, and a list shared by all templates.
+            self.image_token_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+            self.video_token_id = processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")
+            self.placeholder_tokens = [self.image_token_id, self.video_token_id]
+        super().init_processor(processor)
+
+    def _preprocess_inputs(self, inputs: StdTemplateInputs) -> None:
+        """Nothing: swift would shrink targets like other pictures, and read paths out of `<img>` in the text."""
+
+    def _pre_tokenize_images(
+        self, context_list: list[Any], loss_scale_list: list[float], inputs: StdTemplateInputs
+    ) -> tuple[list[Any], list[float]]:
+        """Swift's, but a picture keeps the loss scale of its turn; swift's own is always 0."""
+        contexts = [IMAGE_MARKUP if context == IMAGE_TAG else context for context in context_list]
+        return contexts, list(loss_scale_list)
+
+    def _encode(self, inputs: StdTemplateInputs) -> dict[str, Any]:
+        """input_ids and labels as lists of S, pixel_values (patches, values) and image_grid_thw (images, 3).
+
+        Raises MaxLengthError for a row of more than `max_length` tokens, and ValueError when the text itself
+        holds an image token.
+        """
+        roles = [message["role"] for message in inputs.messages for _ in range(message["content"].count(IMAGE_TAG))]
+        encoded = Template._encode(self, inputs)  # above Qwen's, which would resize and label differently
+        images = []
+        for path, role in zip(inputs.images, roles, strict=True):
+            image = open_image(path)
+            if role == "assistant":
+                images.append(squash(image, target_size(self.processor)))
+            else:
+                images.append(bound(image, self.processor, self.max_pixels))
+        grids = torch.zeros(0, 3, dtype=torch.long)
+        if images:
+            encoded["pixel_values"], encoded["image_grid_thw"] = patches(self.processor, images)
+            grids = encoded["image_grid_thw"]
+        counts = (grids.prod(dim=1) // MERGE_SIZE**2).tolist()
+        encoded["input_ids"], encoded["labels"] = self._expand_images(encoded["input_ids"], encoded["labels"], counts)
+        if len(encoded["input_ids"]) > self.max_length:
+            raise MaxLengthError(
+                f"{len(encoded['input_ids'])} tokens where data.max_length is {self.max_length}; raise it, lower "
+                "data.max_pixels, or shorten the row"
+            )
+        return encoded
+
+    def _expand_images(self, input_ids: list[int], labels: list[int], counts: list[int]) -> tuple[list[int], list[int]]:
+        """Repeat each image token, and its label, once per vision embedding of its picture."""
+        num_tokens = input_ids.count(self.image_token_id)
+        if num_tokens != len(counts):
+            raise ValueError(f"{num_tokens} image tokens for {len(counts)} images; take {IMAGE_TOKEN} out of the text")
+        remaining = iter(counts)
+        repeats = [next(remaining) if token == self.image_token_id else 1 for token in input_ids]
+        expanded = [
+            [value for value, times in zip(values, repeats, strict=True) for _ in range(times)]
+            for values in (input_ids, labels)
+        ]
+        return expanded[0], expanded[1]
+
+    def _data_collator(self, batch: list[dict[str, Any]], *, padding_to: int | None = None) -> dict[str, Tensor]:
+        """Padded on the right, with the M-RoPE positions: loops over images that belong in a loader process."""
+        collated = Template._data_collator(self, batch, padding_to=padding_to)
+        collated["position_ids"] = self.model.rope_position_ids(
+            collated["input_ids"], collated["attention_mask"], collated.get("image_grid_thw")
+        )
+        return collated
+
+    def _post_encode(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs
+
+    def compute_sft_loss(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None, trainer: Any = None
+    ) -> NexusGenOutput:
+        outputs = model(**inputs)
+        if self.on_loss is not None:
+            self.on_loss(outputs, inputs)
+        return outputs
+
+
+register_model(
+    ModelMeta(NAME, [], NexusGenLoader, template=NAME, model_arch="qwen2_vl", is_multimodal=True), exist_ok=True
+)
+register_template(QwenTemplateMeta(NAME, template_cls=NexusGenTemplate), exist_ok=True)
