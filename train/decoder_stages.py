@@ -158,7 +158,8 @@ class DecoderStage(Stage[DecoderConfig]):
             "embed_dim": embed_dim,
             "sampling": dataclasses.asdict(config.sampling),
             "steps": config.trainer.max_steps,
-            "metrics": metrics,
+            # Throughput stays in metrics.jsonl: details enter the artifact's fingerprint.
+            "metrics": {name: value for name, value in metrics.items() if name.startswith("train/")},
         }
         if isinstance(config, EditingDecoderConfig):
             details["projector"] = dataclasses.asdict(projector_geometry(config.model.qwen))

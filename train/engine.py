@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -307,6 +308,14 @@ class OneEpoch:
         self._loader.load_state_dict(state)
 
 
+def silence() -> None:
+    """Keep what concerns only the libraries' own authors out of the log; some of it came with every step."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message="When saving the DeepSpeed Stage 3 checkpoint")
+
+
 @dataclass
 class FitResult:
     """finished: False when it stopped after a SIGTERM. metrics: those of the last log interval."""
@@ -339,7 +348,7 @@ def fit(
     metrics = MetricsLogger(run_dir, logger, rank, start_step)
     step_metrics = StepMetrics(guard, metrics, trainer_config, start_step)
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    silence()
     trainer = pl.Trainer(
         accelerator=device_type,
         devices=devices,

@@ -31,8 +31,7 @@ class Stage(ABC, Generic[Config]):
         self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        wanted = config.launch.device
-        self.device_type = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+        self.device_type = device_type(config.launch.device)
         self.device = (
             torch.device(self.device_type, self.local_rank) if self.device_type == "cuda" else torch.device("cpu")
         )
@@ -67,6 +66,11 @@ class Stage(ABC, Generic[Config]):
                 )
                 seal(directory, manifest)
         self.barrier()
+
+
+def device_type(wanted: str) -> str:
+    """cuda or cpu; `auto` takes CUDA where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
 def seed_everything(seed: int) -> None:

@@ -42,8 +42,10 @@ def main(argv: list[str]) -> int:
     from nexus_gen.compat import ensure_torchvision
 
     ensure_torchvision()
-    from train.stage import seed_everything
+    from train.stage import device_type, seed_everything
 
+    # DeepSpeed settles on a device when it is imported, and takes a GPU even where the config says cpu.
+    os.environ["DS_ACCELERATOR"] = device_type(config.launch.device)
     module, name = STAGES[config.stage].split(":")
     stage = getattr(importlib.import_module(module), name)(config)
     seed_everything(config.seed)
