@@ -8,20 +8,22 @@ picture of a user turn is looked at, a picture of an assistant turn is learned t
 check datasets before processes start.
 """
 
+import difflib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from nexus_gen.specs.errors import UserError, nearest
+from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import open_image
 from nexus_gen.specs.prompts import IMAGE_TAG
 
 ROLES = ("system", "user", "assistant")
-KEYS = ("id", "source", "images", "messages", "truth")
+KEYS = frozenset(("id", "source", "images", "messages", "truth"))
 TASKS = ("understanding", "generation", "editing", "text")
 
 
@@ -73,7 +75,7 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
             raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
-def check_rows(path: str | os.PathLike[str], check_images: str) -> Summary:
+def check_rows(path: str | os.PathLike[str], check_images: Literal["exists", "open"]) -> Summary:
     """Read every row; check_images: `exists` asks the file system, `open` decodes each picture.
 
     Raises UserError at the first broken row, and for a file without rows.
@@ -107,6 +109,11 @@ def _entries(directory: str) -> list[str]:
         return []
 
 
+@lru_cache(maxsize=1024)  # rows of one file share their keys, and difflib would take most of the time
+def _known_key_like(key: str) -> str | None:
+    return next(iter(difflib.get_close_matches(key, sorted(KEYS), n=1)), None)
+
+
 def parse_row(text: str, path: Path, line: int) -> Row:
     """One line of a JSONL file as a Row; UserError says what is wrong with it."""
 
@@ -119,14 +126,17 @@ def parse_row(text: str, path: Path, line: int) -> Row:
         raise refuse(f"not JSON ({error}); each line is one JSON object") from error
     if not isinstance(values, dict):
         raise refuse(f"a {type(values).__name__} where a JSON object with images and messages is needed")
-    for key in values.keys() - set(KEYS):
-        if nearest(key, KEYS).startswith("; did you mean"):
-            raise refuse(f"unknown key '{key}'{nearest(key, KEYS)}")
+    for key in values.keys() - KEYS:
+        meant = _known_key_like(key)
+        if meant and meant not in values:  # `image_size` beside `images` is somebody's own key
+            raise refuse(f"unknown key '{key}'; did you mean '{meant}'?")
     messages, images = values.get("messages"), values.get("images", [])
     if not isinstance(messages, list) or not messages:
         raise refuse("no messages; give a list of {role, content}")
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise refuse("images must be a list of file paths")
+    if not isinstance(values.get("truth"), dict | None):
+        raise refuse(f"truth is a {type(values['truth']).__name__}; give an object or leave it out")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise refuse("every message needs a role and a content of text")

@@ -23,7 +23,15 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
                 return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise UserError(f"picture {path} does not exist; check the path") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    # PIL's AVIF reader raises RuntimeError for damaged files.
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
         raise UserError(f"picture {path} cannot be read ({error}); replace it or drop its row") from error
 
 
