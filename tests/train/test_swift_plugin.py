@@ -1,0 +1,203 @@
+"""Swift's template against the encoding of inference, and a training run through swift's own pipeline."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_qwen import PATCH_SIZE, ROWS, write_checkpoint, write_rows
+
+from nexus_gen.ar_checkpoint import load_autoregressive, load_processor
+from nexus_gen.autoregressive import IGNORE_INDEX, NexusGenForConditionalGeneration
+from nexus_gen.conversation import encode
+from nexus_gen.specs.artifact import verify
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.geometry import NUM_TARGET_TOKENS, TARGET_GRID
+from nexus_gen.specs.images import open_image
+from train.message_stream import MessageFile, MessageStream
+from train.swift_plugin import NAME, NexusGenTemplate
+
+MAX_PIXELS = 3000  # less than either picture has
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "qwen"
+    write_checkpoint(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows"))
+
+
+def build_template(qwen: Path, **options: Any) -> NexusGenTemplate:
+    """The template as swift builds it for training, with the model that computes position ids."""
+    from swift.model import get_model_processor
+    from swift.template import get_template
+
+    model, processor = get_model_processor(str(qwen), model_type=NAME, torch_dtype=torch.float32)
+    assert isinstance(model, NexusGenForConditionalGeneration)
+    options = {"max_length": 1000, "max_pixels": MAX_PIXELS, **options}
+    template = get_template(processor, template_type=NAME, **options)
+    template.set_mode("train")
+    template.model = model
+    assert isinstance(template, NexusGenTemplate)
+    return template
+
+
+@pytest.fixture(scope="module")
+def template(qwen: Path) -> NexusGenTemplate:
+    return build_template(qwen)
+
+
+def swift_row(task: str, rows: Path) -> dict[str, Any]:
+    return {"messages": ROWS[task]["messages"], "images": [str(rows.parent / name) for name in ROWS[task]["images"]]}
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_a_row_is_encoded_as_inference_encodes_it(
+    task: str, template: NexusGenTemplate, qwen: Path, rows: Path
+) -> None:
+    processor = load_processor(qwen)
+    row = swift_row(task, rows)
+    expected = encode(processor, row["messages"], [open_image(path) for path in row["images"]], MAX_PIXELS)
+    encoded = template.encode(row)
+    assert encoded["input_ids"] == expected["input_ids"].tolist()
+    labels = torch.tensor(encoded["labels"])
+    image_token = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert torch.equal(labels == image_token, expected["labels"] == image_token)
+    for name in ("pixel_values", "image_grid_thw"):
+        assert (name in encoded) == (name in expected) == bool(row["images"])
+        assert name not in expected or torch.equal(encoded[name], expected[name])
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_replies_and_their_ends_are_the_text_labels(task: str, template: NexusGenTemplate, rows: Path) -> None:
+    row = swift_row(task, rows)
+    encoded = template.encode(row)
+    labels = torch.tensor(encoded["labels"])
+    replies = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+    markup = "<|vision_start|>" + "<|image_pad|>" * NUM_TARGET_TOKENS + "<|vision_end|>"
+    learned = template.tokenizer.decode(labels[labels != IGNORE_INDEX])
+    assert learned == "".join(f"{reply}<|im_end|>\n" for reply in replies).replace("<image>", markup)
+    assert torch.equal(labels[labels != IGNORE_INDEX], torch.tensor(encoded["input_ids"])[labels != IGNORE_INDEX])
+
+
+def test_targets_are_squashed_and_context_is_bounded(template: NexusGenTemplate, rows: Path) -> None:
+    context, target = template.encode(swift_row("editing", rows))["image_grid_thw"].tolist()
+    assert target == [1, TARGET_GRID, TARGET_GRID]
+    assert context[2] > context[1]  # 150 x 61 keeps its aspect
+    assert context[1] * context[2] * PATCH_SIZE**2 <= MAX_PIXELS
+
+
+def test_a_mixed_batch_is_positioned_as_its_rows_are(template: NexusGenTemplate, rows: Path) -> None:
+    encoded = [template.encode(swift_row(task, rows)) for task in ROWS]
+    batch = template.data_collator([dict(row) for row in encoded])
+    assert batch["image_grid_thw"].shape[0] == sum(len(row["images"]) for row in ROWS.values())
+    for index, row in enumerate(encoded):
+        length = len(row["input_ids"])
+        alone = template.model.rope_position_ids(torch.tensor([row["input_ids"]]), None, row.get("image_grid_thw"))
+        assert torch.equal(batch["position_ids"][:, index, :length], alone[:, 0])
+        assert batch["attention_mask"][index].sum() == length
+        assert (batch["labels"][index, length:] == IGNORE_INDEX).all()
+
+
+def test_padding_changes_no_loss(template: NexusGenTemplate, rows: Path) -> None:
+    row = template.encode(swift_row("generation", rows))
+    longer = template.encode(swift_row("several turns and images", rows))
+
+    def losses(batch: dict[str, Any]) -> torch.Tensor:
+        with torch.no_grad():
+            output = template.model(**batch)
+        return torch.stack([output.text_loss, output.image_loss])
+
+    alone = losses(template.data_collator([dict(row)]))
+    padded = template.data_collator([dict(row), dict(longer)])
+    padded["labels"][1] = IGNORE_INDEX
+    torch.testing.assert_close(losses(padded), alone, rtol=1e-5, atol=0)  # measured 3e-7
+
+
+def stream(path: Path, encode_row: Any, **options: Any) -> MessageStream:
+    options = {"num_samples": 20, "micro_batch_size": 2, "world_size": 1, "seed": 3, **options}
+    return MessageStream(MessageFile(path), encode_row, **options)
+
+
+def test_too_long_a_row_stops_with_both_numbers(qwen: Path, rows: Path) -> None:
+    short = build_template(qwen, max_length=120)
+    assert len(short.encode(swift_row("text", rows))["input_ids"]) <= 120
+    messages = stream(rows, short.encode)
+    long_rows = [index for index in range(5) if messages.row_index(index) == list(ROWS).index("editing")]
+    with pytest.raises(UserError, match=rf"{rows}:3: \d+ tokens where data.max_length is 120"):
+        messages[long_rows[0]]
+
+
+def test_a_missing_picture_is_named_with_its_row(template: NexusGenTemplate, tmp_path: Path) -> None:
+    path = write_rows(tmp_path)
+    (tmp_path / "wide.png").unlink()
+    messages = stream(path, template.encode)
+    first = next(index for index in range(5) if messages.row_index(index) == 0)
+    with pytest.raises(UserError, match=r"train.jsonl:1: picture .*wide.png does not exist"):
+        messages[first]
+
+
+def test_every_epoch_has_every_row_in_an_order_of_its_own(rows: Path) -> None:
+    messages = stream(rows, dict)
+    order = [messages.row_index(index) for index in range(20)]
+    epochs = [tuple(order[start : start + 5]) for start in range(0, 20, 5)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len(set(epochs)) > 1
+    assert order == [stream(rows, dict).row_index(index) for index in range(20)]
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_micro_batches_do_not_depend_on_the_number_of_processes(world_size: int, rows: Path) -> None:
+    alone, shared = stream(rows, dict), stream(rows, dict, world_size=world_size)
+    expected = [[alone.position(index) for index in (start, start + 1)] for start in range(0, 20, 2)]
+    # swift's sampler deals indices out to ranks one by one, and each rank makes micro-batches of its own
+    of_rank = [[shared.position(index) for index in range(rank, 20, world_size)] for rank in range(world_size)]
+    found = [own[start : start + 2] for start in range(0, 20 // world_size, 2) for own in of_rank]
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_two_steps_of_training_make_a_checkpoint(qwen: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows", copies=2)
+    home = tmp_path / "home"
+    home.mkdir()
+    subprocess.run(
+        [
+            *(str(Path(sys.executable).with_name("nexus-gen")), "run", "stage=pretrain", "name=run"),
+            *(f"runs_dir={tmp_path / 'runs'}", f"model.qwen={qwen}", f"data.train={path}", f"data.heldout={path}"),
+            *("data.max_length=1000", f"data.max_pixels={MAX_PIXELS}", "launch.device=cpu"),
+            *("trainer.max_steps=2", "trainer.micro_batch_size=2", "trainer.global_batch_size=4"),
+            *("trainer.log_every_steps=1", "optim.warmup_steps=0"),
+        ],
+        cwd=REPOSITORY,
+        env={**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    run_dir = tmp_path / "runs" / "run" / "pretrain"
+    manifest = verify(run_dir / "artifact").require("ar_checkpoint", run_dir)
+    assert manifest.details["max_pixels"] == MAX_PIXELS
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [1, 2]
+    for row in metrics:
+        assert row["train/loss"] == pytest.approx(3 * row["train/text_loss"] + 3 * row["train/image_loss"], rel=1e-5)
+        assert row["train/lr"] > 0 and row["train/grad_norm"] > 0 and row["perf/samples_per_s"] > 0
+
+    trained = load_autoregressive(run_dir / "artifact", dtype=torch.float32).state_dict()
+    before = load_file(qwen / "model.safetensors")
+    frozen = [name for name in before if name.startswith("visual.")]
+    assert frozen and all(torch.equal(trained[f"model.{name}"], before[name]) for name in frozen)
+    assert not torch.equal(trained["lm_head.weight"], before["lm_head.weight"])
+    assert load_processor(run_dir / "artifact").tokenizer.get_vocab() == load_processor(qwen).tokenizer.get_vocab()
+    outside = [file for file in home.rglob("*") if file.is_file()]
+    assert not outside
