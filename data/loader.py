@@ -105,19 +105,28 @@ class ShardLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Global samples handed out, so that another number of processes can go on from the same place."""
-        steps, micro = divmod(self.batches_done, self.accumulation)
-        return {"steps": steps, "micro_batches": micro, "global_batch_size": self.global_batch_size, "seed": self.seed}
+        """Samples handed out on all ranks together, so that another number of processes can go on behind them."""
+        num_samples = self.batches_done * self.micro_batch_size * self.world_size
+        return {"num_samples": num_samples, "global_batch_size": self.global_batch_size, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the batches of `state`. UserError when its global batches were others."""
+        """Go on behind the samples of `state`.
+
+        UserError when its global batches were others, or when it ends inside what is now one pass of all ranks.
+        """
         for name in ("global_batch_size", "seed"):
             if state[name] != getattr(self, name):
                 raise UserError(
                     f"the checkpoint's loader had {name} {state[name]} and now it is {getattr(self, name)}; "
                     "go on with the former, or give resume=false to start over"
                 )
-        self.batches_done = state["steps"] * self.accumulation + state["micro_batches"]
+        per_pass = self.micro_batch_size * self.world_size
+        self.batches_done, rest = divmod(state["num_samples"], per_pass)
+        if rest:
+            raise UserError(
+                f"the checkpoint's loader had handed out {state['num_samples']} samples, no multiple of micro batch "
+                f"{self.micro_batch_size} x {self.world_size} processes; go on with the former or a smaller micro batch"
+            )
 
 
 class _Places:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Sample = tuple[str, dict[str, "Tensor"], dict[str, Any]]  # key, tensors, what the JSON says
+EXTENSIONS = {"json", "safetensors"}
 Member = tuple[int, int]  # offset and size of a member's bytes in its tar
 
 
@@ -67,15 +68,26 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> int:
 
 
 def index_shard(path: Path) -> list[dict[str, Member]]:
-    """Per sample, in order: extension -> place of its bytes. UserError when the tar is damaged or cut short."""
+    """Per sample, in order: extension -> place of its bytes.
+
+    UserError when the tar is damaged or cut short, holds a member twice or a sample without its two members.
+    """
     samples: dict[str, dict[str, Member]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 key, _, extension = member.name.partition(".")
-                samples.setdefault(key, {})[extension] = (member.offset_data, member.size)
+                if extension in samples.setdefault(key, {}):
+                    raise UserError(f"shard {path} holds {member.name} twice; run its embedding stage again")
+                samples[key][extension] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"shard {path} cannot be read ({error}); run its embedding stage again") from error
+    for key, members in samples.items():
+        if members.keys() != EXTENSIONS:
+            raise UserError(
+                f"sample {key} of shard {path} has {', '.join(sorted(members))} where it needs "
+                f"{', '.join(sorted(EXTENSIONS))}; run its embedding stage again"
+            )
     return list(samples.values())
 
 

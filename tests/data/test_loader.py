@@ -1,11 +1,18 @@
 """Shards and their loader: nothing lost or doubled, the same order everywhere, exact resume, damage found."""
 
+import multiprocessing
+import os
+import shutil
+import signal
+import tarfile
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
+from webdataset import WebDataset, split_by_node
 
 from data.loader import ShardLoader
 from data.shards import ShardSpec, index_shard, read_sample, write_shard
@@ -80,6 +87,22 @@ def test_resume_goes_on_behind_what_was_handed_out(artifact: Path, done: int, wo
     assert values(resumed, 30 - done) == whole[done:]
 
 
+def test_resume_within_a_global_batch_under_another_cut(artifact: Path) -> None:
+    whole = list(chain(*values(loader(artifact, micro_batch_size=1, accumulation=6), 24)))
+    interrupted = loader(artifact, micro_batch_size=1, accumulation=6)
+    values(interrupted, 9)
+    resumed = loader(artifact, micro_batch_size=3, accumulation=2)
+    resumed.load_state_dict(interrupted.state_dict())
+    assert list(chain(*values(resumed, 5))) == whole[9:]
+    ranks = [loader(artifact, micro_batch_size=3, rank=rank, world_size=2) for rank in (0, 1)]
+    with pytest.raises(UserError, match="9 samples, no multiple of micro batch 3 x 2 processes"):
+        ranks[0].load_state_dict(interrupted.state_dict())
+    values(interrupted, 3)
+    for rank in ranks:
+        rank.load_state_dict(interrupted.state_dict())
+    assert list(chain(*values(ranks[0], 1), *values(ranks[1], 1))) == whole[12:18]
+
+
 def test_order_depends_on_the_seed_and_batches_say_where_they_come_from(artifact: Path) -> None:
     assert values(loader(artifact), 10) == values(loader(artifact), 10) != values(loader(artifact, seed=8), 10)
     batches = list(islice(iter(loader(artifact)), 15))
@@ -109,6 +132,54 @@ def test_a_failing_source_leaves_no_shard(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         write_shard(tmp_path / "a.tar", samples())
     assert not (tmp_path / "a.tar").exists()
+
+
+def test_a_kill_while_writing_leaves_no_shard_and_the_next_try_writes_the_same_bytes(tmp_path: Path) -> None:
+    def samples(kill_at: int | None) -> Any:
+        for index in range(40):
+            if index == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield f"{index:09d}", {"x": torch.full((1000,), index)}, {"index": index}
+
+    child = multiprocessing.get_context("fork").Process(target=lambda: write_shard(tmp_path / "a.tar", samples(30)))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [".a.tar.tmp"]
+    for name in ("a.tar", "b.tar"):
+        assert write_shard(tmp_path / name, samples(None)) == 40
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "b.tar"]
+
+
+def test_webdataset_itself_reads_a_shard(artifact: Path) -> None:
+    dataset = WebDataset(str(artifact / "train" / "000001.tar"), shardshuffle=False, nodesplitter=split_by_node)
+    found = [(sample["__key__"], load(sample["safetensors"])["value"].item()) for sample in dataset]
+    assert found == [(f"{index:09d}", float(index)) for index in range(5, 12)]
+
+
+@pytest.mark.parametrize(
+    ("members", "sentence"),
+    [
+        (["0.json"], "sample 0 of shard {path} has json where it needs json, safetensors"),
+        (["0.json", "0.safetensors", "0.json"], "{path} holds 0.json twice"),
+    ],
+)
+def test_a_sample_in_part_or_twice_is_refused(members: list[str], sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for member in members:
+            tar.addfile(tarfile.TarInfo(member))
+    with pytest.raises(UserError) as caught:
+        index_shard(path)
+    assert sentence.format(path=path) in str(caught.value)
+
+
+def test_a_shard_of_another_length_than_its_manifest_says_is_refused(artifact: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(artifact, tmp_path / "copy")
+    write_shard(copy / "train" / "000003.tar", [("0", {"value": torch.zeros(1)}, {})])
+    with pytest.raises(UserError, match=r"000003\.tar holds 1 samples and its manifest says 3"):
+        values(loader(copy), NUM_SAMPLES // 2)
 
 
 def test_damage_is_found(artifact: Path, tmp_path: Path) -> None:
