@@ -43,7 +43,7 @@ PRECISIONS: dict[str, Literal["32-true", "bf16-true"]] = {"float32": "32-true", 
 
 
 class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
-    """DeepSpeedStrategy on CPU processes as well (gloo); on CUDA it is unchanged.
+    """DeepSpeedStrategy on CPU processes (gloo) as well as on CUDA, with accumulated gradients scaled once.
 
     Lightning refuses CPUs in one check, and wants device indices: torch accepts `cpu:<i>`.
     """
@@ -59,7 +59,10 @@ class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Lightning has divided the loss by the accumulation already; by default DeepSpeed does it a second time."""
+        """Lightning has divided the loss by the accumulation already; by default DeepSpeed does it a second time.
+
+        AdamW hardly shows it, being scale-free, but clipping and the reported norm are then wrong.
+        """
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Tensor]:

@@ -134,8 +134,8 @@ def config(inputs: Path, runs_dir: Path, stage: str = "generation_decoder", deco
     return made
 
 
-def train_plainly(config: DecoderConfig) -> tuple[dict[str, Tensor], list[float]]:
-    """Five steps of ordinary PyTorch on the stage's model and batches: the weights and the loss of every step."""
+def train_plainly(config: DecoderConfig) -> tuple[dict[str, Tensor], list[float], list[float]]:
+    """Ordinary PyTorch on the stage's model and batches: the weights, and every step's loss and gradient norm."""
     trainer = config.trainer
     module = DecoderModule(
         build_initial_decoder(config, EMBED_DIM),
@@ -157,16 +157,16 @@ def train_plainly(config: DecoderConfig) -> tuple[dict[str, Tensor], list[float]
         num_workers=0,
     )
     configured = module.configure_optimizers()
-    losses = []
+    losses, norms = [], []
     for batch in islice(loader, trainer.max_steps):
         loss = module.training_step(module.on_before_batch_transfer(batch, 0), 0)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), config.optim.max_grad_norm)
+        norms.append(torch.nn.utils.clip_grad_norm_(module.parameters(), config.optim.max_grad_norm).item())
         configured["optimizer"].step()
         configured["optimizer"].zero_grad()
         configured["lr_scheduler"]["scheduler"].step()
         losses.append(loss.item())
-    return dict(module.decoder.state_dict()), losses
+    return dict(module.decoder.state_dict()), losses, norms
 
 
 @pytest.mark.slow
@@ -183,10 +183,11 @@ def test_a_stage_trains_as_a_plain_loop_does_and_writes_its_artifact(inputs: Pat
     assert manifest.kind == "generation_decoder"
     assert manifest.details["embed_dim"] == EMBED_DIM
     assert FluxGeometry(**manifest.details["transformer"]) == FLUX
-    weights, losses = train_plainly(made)
+    weights, losses, norms = train_plainly(made)
     rows = read_metrics(made.run_dir)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row["train/loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert [row["train/grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-4)
     assert rows[0]["train/lr"] == pytest.approx(5e-3)
     assert manifest.details["metrics"]["train/loss"] == rows[-1]["train/loss"]
     trained = build_generation_decoder(FLUX, EMBED_DIM)
