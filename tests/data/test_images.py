@@ -49,6 +49,25 @@ def test_what_is_no_picture_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open_image(tmp_path / "bomb.png")
 
 
+@pytest.mark.parametrize("extension", ["png", "jpg", "webp", "gif", "avif"])
+def test_a_damaged_picture_is_named(extension: str, tmp_path: Path) -> None:
+    path = tmp_path / f"broken.{extension}"
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=rf"broken\.{extension} cannot be read"):
+        open_image(path)
+
+
+def test_an_avif_picture_whose_data_is_noise_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "noise.avif"
+    Image.new("RGB", (40, 40), "red").save(path)
+    head, tag, data = path.read_bytes().partition(b"mdat")
+    path.write_bytes(head + tag + bytes(byte ^ 0xFF for byte in data))
+    with pytest.raises(UserError, match=r"noise\.avif cannot be read"):
+        open_image(path)
+
+
 def test_geometry() -> None:
     image = Image.new("RGB", (200, 100), "black")
     image.paste("white", (40, 0, 160, 100))

@@ -65,6 +65,7 @@ def test_tasks_follow_from_where_the_pictures_are(tmp_path: Path) -> None:
         (row(messages=[USER, REPLY, {"role": "system", "content": "x"}]), "a system message stands first"),
         (row(messages=[{"role": "system", "content": "<image>"}, PAINT[0], REPLY]), "a system message holds <image>"),
         (row(messages=None, message=[USER, REPLY]), "unknown key 'message'; did you mean 'messages'?"),
+        (row(truth="red"), "truth is a str"),
         (row(images=["gone.png"]), "gone.png does not exist"),
         (row(images=["no/dir/a.png"]), "does not exist"),
     ],
@@ -75,6 +76,11 @@ def test_a_broken_row_is_refused_by_file_and_line(broken: Any, sentence: str, tm
         check_rows(path, check_images="exists")
     assert f"{path}:2: " in str(caught.value)
     assert sentence in str(caught.value)
+
+
+def test_keys_of_others_are_tolerated_beside_the_known_ones(tmp_path: Path) -> None:
+    path = write(tmp_path, {**row(image_size=[8, 8], idx=3, url="x"), "truth": None})
+    assert check_rows(path, check_images="exists").rows == 1
 
 
 def test_files_without_rows_or_without_text_are_refused(tmp_path: Path) -> None:
