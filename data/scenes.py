@@ -23,7 +23,7 @@ COLOURS = {
 GROUNDS = {"white": (250, 250, 250), "black": (15, 15, 15), "grey": (150, 150, 150), "beige": (225, 210, 180)}
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
 SIZES = {"large": 0.15, "small": 0.095}  # half extent of an object
-TEXTURES = ("stripes", "checks", "noise", "gradient")
+TEXTURES = ("striped", "checked", "noisy", "gradient")
 CELLS = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 CHINESE = {
     **dict(zip(COLOURS, ("红色", "蓝色", "绿色", "黄色", "紫色", "橙色", "青色", "粉色"), strict=True)),
@@ -31,15 +31,16 @@ CHINESE = {
     **dict(zip(SHAPES, ("圆形", "正方形", "三角形", "十字", "星形", "圆环"), strict=True)),
     **dict(zip(CELLS, ("左上角", "上方", "右上角", "左边", "中间", "右边", "左下角", "下方", "右下角"), strict=True)),
     **dict(zip(TEXTURES, ("条纹", "棋盘格", "噪点", "渐变"), strict=True)),
-    **{"large": "大", "small": "小", "plain": "纯色"},
+    **{"large": "大", "small": "小"},
 }
 SUPERSAMPLING = 4
+TEXTURE_CONTRAST = 45  # brightness levels, away from the ground's own
 NOISE_CELLS = 24  # the noise ground's own resolution, so that it looks alike at every picture size
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its names, and the index of its cell in reading order."""
+    """One object: the names of its shape, colour and size, and the index of its cell in reading order."""
 
     shape: str
     colour: str
@@ -81,55 +82,74 @@ def name(word: str, language: str) -> str:
 
 
 def draw(scene: Scene, size: int) -> Image.Image:
-    """The scene as a size x size RGB picture, antialiased."""
-    side = size * SUPERSAMPLING
-    canvas = ground(scene, side)
-    brush = ImageDraw.Draw(canvas)
+    """The scene as a size x size RGB picture; the edges of objects are antialiased."""
+    picture = draw_ground(scene, size)
     for thing in scene.things:
-        outline(brush, thing, side)
-    return canvas.resize((size, size), Image.Resampling.BOX)
-
-
-def ground(scene: Scene, side: int) -> Image.Image:
-    """The background: one colour, or that colour with a texture of a slightly different brightness."""
-    colour = np.array(GROUNDS[scene.ground], dtype=np.float32)
-    y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side
-    if scene.texture == "stripes":
-        shade = (x * 8 % 1 < 0.5).astype(np.float32)
-    elif scene.texture == "checks":
-        shade = ((x * 6).astype(int) + (y * 6).astype(int)) % 2
-    elif scene.texture == "noise":
-        cells = np.random.default_rng(scene.texture_seed).random((NOISE_CELLS, NOISE_CELLS))
-        shade = cells[(y * NOISE_CELLS).astype(int), (x * NOISE_CELLS).astype(int)]
-    elif scene.texture == "gradient":
-        shade = y
-    else:
-        shade = np.zeros_like(y)
-    contrast = -45 if colour.mean() > 100 else 45
-    pixels = colour + contrast * shade[..., None]
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def outline(brush: ImageDraw.ImageDraw, thing: Thing, side: int) -> None:
-    """Draw one object; every shape fills its bounding box, and its centre has its colour except for the ring's."""
-    (x, y), half = (value * side for value in thing.centre), SIZES[thing.size] * side
-    fill = COLOURS[thing.colour]
-    box = (x - half, y - half, x + half, y + half)
-    if thing.shape == "circle":
-        brush.ellipse(box, fill=fill)
-    elif thing.shape == "ring":
-        brush.ellipse(box, outline=fill, width=round(half * 0.45))
-    elif thing.shape == "square":
-        brush.rectangle(box, fill=fill)
-    elif thing.shape == "triangle":
-        brush.polygon([(x, y - half), (x + half, y + half), (x - half, y + half)], fill=fill)
-    elif thing.shape == "cross":
-        arm = half * 0.36
-        brush.rectangle((x - half, y - arm, x + half, y + arm), fill=fill)
-        brush.rectangle((x - arm, y - half, x + arm, y + half), fill=fill)
-    else:
-        radii = [half if point % 2 == 0 else half * 0.45 for point in range(10)]
-        angles = [math.pi * point / 5 - math.pi / 2 for point in range(10)]
-        brush.polygon(
-            [(x + r * math.cos(a), y + r * math.sin(a)) for r, a in zip(radii, angles, strict=True)], fill=fill
+        (x, y), half = (value * size for value in thing.centre), SIZES[thing.size] * size
+        left, top = math.floor(x - half), math.floor(y - half)
+        side = math.ceil(max(x + half - left, y + half - top))
+        mask = Image.new("L", (side * SUPERSAMPLING, side * SUPERSAMPLING))
+        draw_outline(
+            ImageDraw.Draw(mask),
+            thing.shape,
+            (x - left) * SUPERSAMPLING,
+            (y - top) * SUPERSAMPLING,
+            half * SUPERSAMPLING,
         )
+        picture.paste(COLOURS[thing.colour], (left, top), mask.reduce(SUPERSAMPLING))
+    return picture
+
+
+def draw_ground(scene: Scene, size: int) -> Image.Image:
+    """The background: one colour, or that colour with a texture of another brightness.
+
+    A texture is a small array of shades in [0, 1], enlarged without smoothing.
+    """
+    colour = GROUNDS[scene.ground]
+    if scene.texture == "plain":
+        return Image.new("RGB", (size, size), colour)
+    shades: np.ndarray
+    if scene.texture == "striped":
+        shades = np.arange(16)[None] % 2
+    elif scene.texture == "checked":
+        shades = np.add.outer(np.arange(6), np.arange(6)) % 2
+    elif scene.texture == "noisy":
+        shades = np.random.default_rng(scene.texture_seed).random((NOISE_CELLS, NOISE_CELLS))
+    else:
+        shades = np.linspace(0, 1, size)[:, None]
+    contrast = -TEXTURE_CONTRAST if np.mean(colour) > 100 else TEXTURE_CONTRAST
+    pixels = np.array(colour) + contrast * shades[..., None]
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
+
+
+def draw_outline(brush: ImageDraw.ImageDraw, shape: str, x: float, y: float, half: float) -> None:
+    """Fill a shape in white: it reaches `half` from (x, y) to every side; all but the ring cover (x, y)."""
+    box = (x - half, y - half, x + half, y + half)
+    if shape == "circle":
+        brush.ellipse(box, fill=255)
+    elif shape == "ring":
+        brush.ellipse(box, outline=255, width=round(half * 0.45))
+    elif shape == "square":
+        brush.rectangle(box, fill=255)
+    elif shape == "triangle":
+        brush.polygon([(x, y - half), (x + half, y + half), (x - half, y + half)], fill=255)
+    elif shape == "cross":
+        arm = half * 0.36
+        brush.rectangle((x - half, y - arm, x + half, y + arm), fill=255)
+        brush.rectangle((x - arm, y - half, x + arm, y + half), fill=255)
+    else:
+        brush.polygon([(x + half * across, y + half * down) for across, down in STAR], fill=255)
+
+
+def star_points() -> list[tuple[float, float]]:
+    """A five-pointed star, stretched to fill [-1, 1] x [-1, 1]."""
+    angles = [math.pi * point / 5 for point in range(10)]
+    radii = [1.0, 0.45] * 5
+    lowest = math.cos(math.pi / 5)
+    return [
+        (r * math.sin(a) / math.sin(2 * math.pi / 5), 2 * (1 - r * math.cos(a)) / (1 + lowest) - 1)
+        for r, a in zip(radii, angles, strict=True)
+    ]
+
+
+STAR = star_points()
