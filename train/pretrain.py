@@ -16,8 +16,6 @@ os.environ.update({"HF_HUB_OFFLINE": "1", "USE_HF": "1", "LOG_LEVEL": "WARNING"}
 
 import deepspeed
 import torch
-from deepspeed.accelerator import set_accelerator
-from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from swift.pipelines.train.sft import SwiftSft
 from torch import Tensor
 from transformers import GenerationConfig, ProgressCallback, Qwen2_5_VLConfig
@@ -47,7 +45,6 @@ from train.swift_plugin import NAME
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 
 
@@ -57,7 +54,6 @@ class PretrainStage(Stage[PretrainConfig]):
         config = self.config
         keep_swift_logs(self.run_dir / "log" / f"swift-rank{self.rank}.log")
         if self.device_type == "cpu":
-            set_accelerator(CPU_Accelerator())
             # DeepSpeed would compile (40 s, with g++) a shared-memory reduction that only its inference calls.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.start_process_group()

@@ -92,7 +92,7 @@ class StepMetrics(TrainerCallback):
     def __init__(
         self, guard: StepGuard, metrics: MetricsLogger, config: TrainerConfig, learning_rate: Callable[[], float]
     ) -> None:
-        self.last: dict[str, float] = {}
+        self._last: dict[str, float] = {}
         self._guard = guard
         self._metrics = metrics
         self._config = config
@@ -135,7 +135,7 @@ class StepMetrics(TrainerCallback):
         elapsed_s = now - self._since
         num_steps = len(self._losses)
         step_s = elapsed_s / num_steps
-        self.last = {
+        self._last = {
             **{name: sum(losses[name] for losses in self._losses) / num_steps for name in self._losses[0]},
             "train/lr": self._rate,
             **self._gradient_norm(logs or {}),
@@ -143,7 +143,7 @@ class StepMetrics(TrainerCallback):
             "perf/tokens_per_s": self._num_tokens / elapsed_s,
             "perf/eta_s": (state.max_steps - state.global_step) * step_s,
         }
-        self._metrics.log(state.global_step, self.last)
+        self._metrics.log(state.global_step, self._last)
         if state.is_world_process_zero:
             self._show(state)
         self._losses = []
@@ -155,12 +155,12 @@ class StepMetrics(TrainerCallback):
         return {} if norm is None else {"train/grad_norm": float(norm)}
 
     def _show(self, state: TrainerState) -> None:
-        text, image = self.last["train/text_loss"], self.last["train/image_loss"]
-        rate = self.last["perf/samples_per_s"]
+        text, image = self._last["train/text_loss"], self._last["train/image_loss"]
+        rate = self._last["perf/samples_per_s"]
         if self._bar is not None and not self._bar.disable:
             self._bar.set_postfix_str(f"text {text:.4f}, image {image:.4f}, {rate:.1f} samples/s", refresh=False)
             return
-        left = timedelta(seconds=round(self.last["perf/eta_s"]))
+        left = timedelta(seconds=round(self._last["perf/eta_s"]))
         step = f"step {state.global_step}/{state.max_steps}"
         log.info("%s: text loss %.4f, image loss %.4f, %.1f samples/s, %s left", step, text, image, rate, left)
 

@@ -1,0 +1,117 @@
+"""Around the steps of the pretrain stage: agreement on losses, stopping, checkpoints that count."""
+
+import math
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+from transformers import TrainerControl, TrainerState
+
+from nexus_gen.autoregressive import NexusGenOutput
+from nexus_gen.specs.errors import UserError
+from train.swift_callbacks import (
+    COMPLETE,
+    StepCheckpoints,
+    StepGuard,
+    checkpoint_path,
+    checkpoint_step,
+    complete_checkpoints,
+    remove_incomplete_checkpoints,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.fixture
+def sigterm() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def outputs(text: float, image: float) -> NexusGenOutput:
+    parts = [torch.tensor(value, requires_grad=True) for value in (3 * text + 3 * image, text, image)]
+    return NexusGenOutput(loss=parts[0], text_loss=parts[1], image_loss=parts[2])
+
+
+def inputs(num_tokens: int) -> dict[str, Any]:
+    return {"attention_mask": (torch.arange(10) < num_tokens).long()[None]}
+
+
+def test_losses_are_means_over_the_micro_batches_of_a_step() -> None:
+    guard = StepGuard(accumulation=2, start_step=0)
+    guard.on_loss(outputs(1.0, 0.5), inputs(4))
+    assert guard.losses == {}  # the step is not complete
+    guard.on_loss(outputs(2.0, 0.0), inputs(7))
+    assert guard.losses == {"train/loss": 5.25, "train/text_loss": 1.5, "train/image_loss": 0.25}
+    assert guard.num_tokens == 11
+    guard.on_loss(outputs(4.0, 1.0), inputs(1))
+    guard.on_loss(outputs(4.0, 1.0), inputs(1))
+    assert guard.losses["train/text_loss"] == 4.0 and guard.num_tokens == 2  # nothing of the step before
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_at_the_end_of_its_step(broken: float) -> None:
+    guard = StepGuard(accumulation=2, start_step=5)
+    guard.on_loss(outputs(1.0, broken), inputs(4))
+    with pytest.raises(UserError, match=r"the loss of step 6 is not finite .*optim.learning_rate"):
+        guard.on_loss(outputs(1.0, 1.0), inputs(4))
+
+
+@pytest.mark.usefixtures("sigterm")
+def test_a_sigterm_ends_training_after_the_step_with_a_checkpoint(tmp_path: Path) -> None:
+    guard = StepGuard(accumulation=1, start_step=0)
+    guard.listen()
+    trainer: Any = SimpleNamespace(checkpoint_every_steps=0, keep_checkpoints=1)
+    checkpoints = StepCheckpoints(guard, tmp_path, trainer)
+    state = TrainerState(global_step=3, max_steps=9)
+    guard.on_loss(outputs(1.0, 1.0), inputs(4))
+    control = TrainerControl()
+    checkpoints.on_step_end(None, state, control)
+    assert not control.should_save and not control.should_training_stop
+
+    os.kill(os.getpid(), signal.SIGTERM)
+    guard.on_loss(outputs(1.0, 1.0), inputs(4))
+    checkpoints.on_step_end(None, state, control)
+    assert control.should_save and control.should_training_stop
+
+
+@pytest.mark.parametrize(("step", "saved"), [(4, False), (5, True), (10, True), (12, True)])
+def test_checkpoints_are_due_every_few_steps_and_after_the_last(step: int, saved: bool, tmp_path: Path) -> None:
+    trainer: Any = SimpleNamespace(checkpoint_every_steps=5, keep_checkpoints=1)
+    control = TrainerControl()
+    state = TrainerState(global_step=step, max_steps=12)
+    StepCheckpoints(StepGuard(1, 0), tmp_path, trainer).on_step_end(None, state, control)
+    assert control.should_save == saved and not control.should_training_stop
+
+
+def test_a_checkpoint_counts_when_all_ranks_are_done_and_older_ones_go_only_then(tmp_path: Path) -> None:
+    trainer: Any = SimpleNamespace(checkpoint_every_steps=1, keep_checkpoints=2)
+    checkpoints = StepCheckpoints(StepGuard(1, 0), tmp_path, trainer)
+    for step in (8, 9, 10):
+        checkpoint_path(tmp_path, step).mkdir()
+        assert step not in map(checkpoint_step, complete_checkpoints(tmp_path))
+        checkpoints.on_save(None, TrainerState(global_step=step, is_world_process_zero=True), TrainerControl())
+    assert [checkpoint_step(path) for path in complete_checkpoints(tmp_path)] == [9, 10]  # not in order of names
+    assert not checkpoint_path(tmp_path, 8).exists()
+
+
+def test_half_written_checkpoints_are_removed(tmp_path: Path) -> None:
+    for step in (5, 10):
+        checkpoint_path(tmp_path, step).mkdir()
+        (checkpoint_path(tmp_path, step) / "weights").write_bytes(b"0")
+    (checkpoint_path(tmp_path, 5) / COMPLETE).touch()
+    (tmp_path / "identity.json").write_text("{}")
+    remove_incomplete_checkpoints(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "identity.json"]
