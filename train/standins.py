@@ -12,22 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
-
-from nexus_gen.ar_checkpoint import SpecialTokenIds, build_autoregressive, save_autoregressive
-from nexus_gen.checkpoints import save_flux, save_vae
-from nexus_gen.compat import ensure_torchvision
-from nexus_gen.flux import FluxTransformer
-from nexus_gen.specs.artifact import write_text_atomic
-from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import MERGE_SIZE, FluxGeometry, TextEncoderGeometry
-from train.schemas.stages import StandinsConfig, StandinsModelConfig
-from train.tiny_tokenizers import template_texts, train_clip_tokenizer, train_qwen_tokenizer, train_t5_tokenizer
-from train.tiny_vae import fit_vae, reconstruction_psnr
-from train.tiny_vision import calibrate_vision, initialise_vision
-
-ensure_torchvision()
-
-from transformers import (  # noqa: E402
+from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     GenerationConfig,
@@ -37,6 +22,17 @@ from transformers import (  # noqa: E402
     T5Config,
     T5EncoderModel,
 )
+
+from nexus_gen.ar_checkpoint import SpecialTokenIds, build_autoregressive, save_autoregressive
+from nexus_gen.checkpoints import save_flux, save_vae
+from nexus_gen.flux import FluxTransformer
+from nexus_gen.specs.artifact import write_text_atomic
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.geometry import MERGE_SIZE, FluxGeometry, TextEncoderGeometry
+from train.schemas.stages import StandinsConfig, StandinsModelConfig
+from train.tiny_tokenizers import template_texts, train_clip_tokenizer, train_qwen_tokenizer, train_t5_tokenizer
+from train.tiny_vae import fit_vae, reconstruction_psnr
+from train.tiny_vision import calibrate_vision, initialise_vision
 
 QWEN_DIR = "Qwen2.5-VL-Instruct"
 FLUX_DIR = "FLUX.1-dev"

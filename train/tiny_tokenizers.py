@@ -11,14 +11,10 @@ from itertools import chain
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
-from nexus_gen.compat import ensure_torchvision
 from nexus_gen.specs import prompts
 from nexus_gen.specs.errors import UserError
-
-ensure_torchvision()
-
-from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer  # noqa: E402
 
 Pair = tuple[str, str]
 
