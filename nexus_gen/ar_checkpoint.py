@@ -15,13 +15,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration
+from nexus_gen.compat import ensure_torchvision
 from nexus_gen.specs.artifact import building, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import MERGE_SIZE, LanguageGeometry, VisionGeometry
+
+ensure_torchvision()
+
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor  # noqa: E402
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel  # noqa: E402
 
 ADDED_KEYS = ("vision_head.weight", "image_prefill_embeds.weight")
 ADDED_STD = 0.02  # the tensors that a plain Qwen2.5-VL lacks start from N(0, 0.02)

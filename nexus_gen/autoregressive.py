@@ -15,14 +15,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.conversion_mapping import (
+
+from nexus_gen.compat import ensure_torchvision
+from nexus_gen.specs.geometry import NUM_TARGET_TOKENS
+
+ensure_torchvision()
+
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
+from transformers.conversion_mapping import (  # noqa: E402
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.modeling_outputs import ModelOutput
-
-from nexus_gen.specs.geometry import NUM_TARGET_TOKENS
+from transformers.modeling_outputs import ModelOutput  # noqa: E402
 
 IGNORE_INDEX = -100
 PADDING_POSITION = 1  # what transformers 4.49 gave to padding, kept so that position ids equal the published ones
