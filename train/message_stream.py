@@ -1,12 +1,13 @@
 """Message rows in training order: a function of seed and position, the same for every number of processes."""
 
+import signal
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from data.messages import Row, parse_row
 from nexus_gen.specs.errors import UserError
@@ -79,6 +80,10 @@ class MessageStream(Dataset[dict[str, Any]]):
         return int(self._order_of_epoch(epoch)[place])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if get_worker_info() is not None:
+            # torchrun signals the whole process group: a loader process that dies would take the rank with it before
+            # the rank has finished its step and saved. The loader ends with its rank in any case.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         row = self._rows[self.row_index(index)]
         try:
             return self._encode({"messages": row.messages, "images": [str(image) for image in row.images]})

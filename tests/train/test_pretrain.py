@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_qwen import write_rows
 from torch import distributed
+from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState
 
 from nexus_gen.autoregressive import NexusGenOutput
 from nexus_gen.specs.errors import UserError
+from train.message_stream import MessageFile, MessageStream
 from train.swift_callbacks import (
     COMPLETE,
     StepCheckpoints,
@@ -115,3 +119,15 @@ def test_half_written_checkpoints_are_removed(tmp_path: Path) -> None:
     (tmp_path / "identity.json").write_text("{}")
     remove_incomplete_checkpoints(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "identity.json"]
+
+
+def test_a_loader_process_outlives_the_sigterm_of_its_process_group(tmp_path: Path) -> None:
+    path = write_rows(tmp_path)
+    stream = MessageStream(
+        MessageFile(path), lambda row: {"pid": os.getpid()}, num_samples=40, micro_batch_size=1, world_size=1, seed=0
+    )
+    batches = iter(DataLoader(stream, batch_size=1, num_workers=1, prefetch_factor=1))
+    loader_process = int(next(batches)["pid"])
+    assert loader_process != os.getpid()
+    subprocess.run(["kill", "-TERM", str(loader_process)], check=True)  # not from the parent, whom torch lets stop it
+    assert len(list(batches)) == 39
