@@ -6,9 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
 from train.schemas.common import LaunchConfig
+
+
+SHUTDOWN_TIMEOUT_S = 900  # a scheduler's SIGTERM goes through torchrun; a full-size checkpoint takes minutes
 
 
 def worker_command(launch: LaunchConfig, config_path: Path, rendezvous: str | None = None) -> list[str]:
@@ -31,6 +36,7 @@ def worker_command(launch: LaunchConfig, config_path: Path, rendezvous: str | No
         "torch.distributed.run",
         *meeting,
         f"--nproc-per-node={launch.processes_per_node}",
+        f"--shutdown-timeout={SHUTDOWN_TIMEOUT_S}",
         "-m",
         "train.worker",
         str(config_path),
@@ -38,9 +44,13 @@ def worker_command(launch: LaunchConfig, config_path: Path, rendezvous: str | No
 
 
 def worker_environment(launch: LaunchConfig) -> dict[str, str]:
-    """The environment of a worker: threads are shared out, because torchrun otherwise gives each process one."""
+    """The environment of a worker.
+
+    Threads are shared out, because torchrun otherwise gives each process one; waiting threads sleep, because spinning
+    ones slow a machine that does anything else down tenfold.
+    """
     threads = launch.threads_per_process or max(1, (os.cpu_count() or 1) // launch.processes_per_node)
-    return {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
 
 
 def slurm_script(launch: LaunchConfig, config_path: Path) -> str:
@@ -70,7 +80,7 @@ def slurm_script(launch: LaunchConfig, config_path: Path) -> str:
 def start(launch: LaunchConfig, config_path: Path) -> int:
     """Run the processes of a stage and wait for them; returns their exit status.
 
-    An interrupt of this process reaches the workers as SIGTERM: they write a checkpoint and stop.
+    An interrupt or SIGTERM of this process reaches the workers as SIGTERM: they write a checkpoint and end.
     """
     if launch.kind == "slurm":
         script = config_path.parent / "job.sh"
@@ -87,7 +97,9 @@ def start(launch: LaunchConfig, config_path: Path) -> int:
     )
 
     def forward(number: int, _frame: object) -> None:
-        process.send_signal(signal.SIGTERM)
+        # The workers, not torchrun: that would kill them 30 s later, before a large checkpoint is written.
+        for worker in psutil.Process(process.pid).children():
+            worker.terminate()
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

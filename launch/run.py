@@ -143,6 +143,12 @@ def describe(config: StageConfig) -> str:
     return "\n".join(lines)
 
 
+def manifest_time(config: StageConfig) -> int:
+    """When the stage's artifact was written; 0 when there is none."""
+    manifest = config.artifact_dir / MANIFEST
+    return manifest.stat().st_mtime_ns if manifest.is_file() else 0
+
+
 def run_stage(config: StageConfig, again: bool) -> int:
     """Preflight, record the config, start the processes."""
     config.preflight()
@@ -151,6 +157,7 @@ def run_stage(config: StageConfig, again: bool) -> int:
         return 0
     config_path = prepare(config, again)
     print(f"{config.stage}: {config.launch.world_size} process(es), config {config_path}", flush=True)
+    before = manifest_time(config)
     began = time.monotonic()
     status = start(config.launch, config_path)
     took = time.monotonic() - began
@@ -164,7 +171,7 @@ def run_stage(config: StageConfig, again: bool) -> int:
             f"error: stage={config.stage} stopped with status {status} after {took:.0f} s; see {where}", file=sys.stderr
         )
         return status
-    if not (config.artifact_dir / MANIFEST).is_file():
+    if manifest_time(config) == before:
         print(
             f"{config.stage}: stopped after {took:.0f} s; the same command goes on from its checkpoint", file=sys.stderr
         )
