@@ -12,7 +12,6 @@ from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
 from train.schemas.common import LaunchConfig
 
-
 SHUTDOWN_TIMEOUT_S = 900  # a scheduler's SIGTERM goes through torchrun; a full-size checkpoint takes minutes
 
 

@@ -95,15 +95,11 @@ def compose_pipeline(pipeline: str, given: list[Override]) -> list[StageConfig]:
         if stage in plan.get("experiments", {}):
             own.append(Override.parse(f"experiment={plan['experiments'][stage]}"))
         for override in overrides:
-            section = override.key.split(".")[0]
-            if section in SCHEMAS:
-                mine = Override.parse(override.text.replace(f"{section}.", "", 1)) if section == stage else None
-            else:
-                mine = (
-                    override
-                    if override.key in keys(stage) or (override.is_group and override.key in GROUPS_OF_ALL)
-                    else None
-                )
+            mine = None
+            if override.key in keys(stage) or (override.is_group and override.key in GROUPS_OF_ALL):
+                mine = override
+            elif override.key.startswith(f"{stage}."):
+                mine = Override.parse(override.text.replace(f"{stage}.", "", 1))
             if mine is not None:
                 own.append(mine)
                 reached[override] = True

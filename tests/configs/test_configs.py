@@ -60,3 +60,11 @@ def test_an_override_reaches_the_stages_that_read_it_and_a_prefixed_one_only_its
     assert [config.trainer.log_every_steps for config in trained] == [3, 3, 3]
     assert configs["pretrain"].trainer.max_steps == 5 != configs["generation_decoder"].trainer.max_steps
     assert configs["generation_decoder"].optim.learning_rate == 0.5 != configs["editing_decoder"].optim.learning_rate
+
+
+def test_a_section_named_like_its_stage_is_a_section() -> None:
+    given = [Override.parse(text) for text in ("standins.vae_steps=3", "shapes.num_train=5", "standins.seed=9")]
+    configs = {config.stage: config for config in compose_pipeline("tiny", given)}
+    assert configs["standins"].standins.vae_steps == 3
+    assert configs["shapes"].shapes.num_train == 5
+    assert (configs["standins"].seed, configs["shapes"].seed) == (9, 42)
