@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class Manifest:
     """What an artifact is and where it came from.
 
     files: relative path -> {"bytes", "sha256"}. inputs: role -> fingerprint of the artifact or file that was read.
-    details: what the kind adds (a shard spec, model geometry, scores).
+    details: what the kind adds (a shard spec, model geometry, scores). created_at: UTC, ISO 8601, set by `seal`.
     """
 
     kind: str
@@ -90,6 +91,7 @@ def seal(directory: Path, manifest: Manifest) -> None:
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
+    manifest.created_at = datetime.now(UTC).isoformat()
     write_text_atomic(directory / MANIFEST, json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n")
 
 
