@@ -46,6 +46,12 @@ def unchanged(config: StageConfig) -> bool:
     return made.config == fingerprint_values(config) and made.inputs == input_fingerprints(config)
 
 
+def identity_of(artifact: Path) -> dict[str, Any]:
+    """What the checkpoints that led to an artifact belong to."""
+    made = Manifest.load(artifact)
+    return {"config": made.config, "inputs": made.inputs}
+
+
 def prepare(config: StageConfig, again: bool) -> Path:
     """Record config and environment, decide about earlier checkpoints; returns the config's path.
 
@@ -58,9 +64,7 @@ def prepare(config: StageConfig, again: bool) -> Path:
     identity = {"config": fingerprint_values(config), "inputs": input_fingerprints(config)}
     if checkpoints.exists():
         earlier = json.loads((checkpoints / IDENTITY).read_text()) if (checkpoints / IDENTITY).is_file() else {}
-        finished = (config.artifact_dir / MANIFEST).is_file() and Manifest.load(
-            config.artifact_dir
-        ).config == earlier.get("config")
+        finished = (config.artifact_dir / MANIFEST).is_file() and earlier == identity_of(config.artifact_dir)
         if again or finished or not config.resume:
             shutil.rmtree(checkpoints)
             shutil.rmtree(config.artifact_dir.with_name("artifact.partial"), ignore_errors=True)
