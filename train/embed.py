@@ -27,10 +27,12 @@ from nexus_gen.ar_generation import teacher_forced_embeddings, vision_embeddings
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration
 from nexus_gen.checkpoints import load_vae
 from nexus_gen.conversation import collate, encode, patches, target_size
+from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS, NUM_TARGET_TOKENS, REFERENCE_GRID
 from nexus_gen.specs.images import cover_crop, open_image, squash, to_array
 from nexus_gen.specs.prompts import IMAGE_TAG
 from nexus_gen.vae import FluxVae
+from train.metrics import METRICS
 from train.schemas.fields import fingerprint_path
 from train.schemas.stages import EmbedEditingConfig, EmbedGenerationConfig, EmbedStageConfig
 from train.stage import Stage
@@ -79,8 +81,11 @@ class EmbedStage(Stage[EmbedConfig]):
         embedded = torch.tensor(float(rows))
         torch.distributed.all_reduce(embedded := embedded.to(self.device))
         torch.distributed.all_reduce(seconds := seconds.to(self.device), torch.distributed.ReduceOp.MAX)
-        rate = float(embedded / seconds) if embedded else 0.0
-        self.write_artifact(lambda directory: self.details(directory, shards, rate), keep_partial=True)
+        if self.rank == 0 and embedded:
+            # Not in the manifest: the same shards made at another speed are the same artifact.
+            metrics = {"step": 0, "time": time.time(), "perf/samples_per_s": float(embedded / seconds)}
+            write_text_atomic(self.run_dir / METRICS, json.dumps(metrics) + "\n")
+        self.write_artifact(lambda directory: self.details(directory, shards), keep_partial=True)
         return True
 
     def plan(self) -> list[Shard]:
@@ -146,8 +151,8 @@ class EmbedStage(Stage[EmbedConfig]):
         embeds = vision_embeddings(self.model, pixel_values.to(self.device), grid.to(self.device))
         return embeds.view(len(images), num_tokens, -1)
 
-    def details(self, directory: Path, shards: list[Shard], samples_per_s: float) -> dict[str, Any]:
-        """What the manifest says: the spec, the shards of each split, the rate."""
+    def details(self, directory: Path, shards: list[Shard]) -> dict[str, Any]:
+        """What the manifest says: the spec and the shards of each split."""
         model = self.config.model
         side = model.image_size // model.vae.downscale
         embed_dim = json.loads((Path(self.config.embed.autoregressive) / "config.json").read_text())["hidden_size"]
@@ -167,7 +172,7 @@ class EmbedStage(Stage[EmbedConfig]):
             ]
             for split in SPLITS
         }
-        return {"spec": dataclasses.asdict(spec), "splits": splits, "samples_per_s": samples_per_s}
+        return {"spec": dataclasses.asdict(spec), "splits": splits}
 
 
 class EmbedGenerationStage(EmbedStage[EmbedGenerationConfig]):

@@ -63,7 +63,7 @@ def stage_rows(run: Path) -> list[StageRow]:
                 seconds=sum(line["seconds"] for line in timing),
                 processes=timing[-1]["processes"],
                 steps=int(metrics[-1]["step"]) if metrics else 0,
-                samples_per_s=sum(rates) / len(rates) if rates else manifest.details.get("samples_per_s", 0.0),
+                samples_per_s=sum(rates) / len(rates) if rates else 0.0,
                 commit=manifest.code["commit"],
                 config=(directory / "config.yaml").read_text(encoding="utf-8"),
             )
