@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import VaeGeometry
 from nexus_gen.specs.images import to_array
 from nexus_gen.vae import SCALE, SHIFT, DownSampler, FluxVae, ResnetBlock, UpSampler, VAEAttentionBlock
@@ -98,6 +99,11 @@ def carry_colours(
         elif isinstance(block, DownSampler | UpSampler):
             path.append(block.conv)
     per_group = path[-1].out_channels // groups
+    if groups < 3 or per_group < 3:
+        raise UserError(
+            f"model.vae.norm_groups {groups} leaves {per_group} of {path[-1].out_channels} channels to a group; each "
+            "of three colours needs a group of at least 3"
+        )
     carriers = [colour * per_group for colour in range(3)]
     for conv in path:
         middle = conv.kernel_size[0] // 2

@@ -1,0 +1,184 @@
+"""The stand-ins of the downloads: layouts that the full-size loaders read, tokenizers, statistics, determinism."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers import AutoTokenizer
+
+from nexus_gen.ar_checkpoint import load_autoregressive, load_processor
+from nexus_gen.checkpoints import load_flux, load_vae
+from nexus_gen.specs.artifact import hash_file
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.geometry import FluxGeometry, LanguageGeometry, TextEncoderGeometry, VaeGeometry, VisionGeometry
+from nexus_gen.specs.images import to_array
+from nexus_gen.text_encoders import encode_prompt
+from train.schemas.stages import StandinsConfig, StandinsModelConfig
+from train.standins import build_standins
+from train.tiny_tokenizers import QWEN_SPECIAL_TOKENS, train_qwen_tokenizer
+from train.tiny_vae import fit_vae, reconstruction_psnr
+from train.tiny_vision import target_embeddings
+
+SIZE = 32
+MODEL = StandinsModelConfig(
+    transformer=FluxGeometry(48, 4, 1, 1, 24, 16, [4, 4, 4], 16, 2),
+    vae=VaeGeometry([16, 16], 1, 4, 16),
+    image_size=SIZE,
+)
+STANDINS = StandinsConfig(
+    vision=VisionGeometry(4, 64, 128, 3, 4, 32, [1]),
+    language=LanguageGeometry(512, 64, 96, 2, 2, 1, [4, 6, 6], 1e6, 1e-6),
+    clip=TextEncoderGeometry(640, 16, 32, 2, 2),
+    t5=TextEncoderGeometry(128, 24, 32, 2, 2),
+    vae_steps=4,
+    num_images=24,
+)
+CORPUS = [
+    "A large red circle on a blue background",
+    "What colour is the small square? It is green.",
+    "Make the triangle yellow and remove the circle",
+    "蓝色背景上有一个红色的大圆形",
+    "把正方形变成绿色",
+] * 3
+
+
+def shape_pictures(count: int, seed: int) -> list[Image.Image]:
+    """Rectangles and ellipses of random colours on random grounds."""
+    rng = random.Random(seed)
+
+    def colour() -> tuple[int, ...]:
+        return tuple(rng.randrange(256) for _ in range(3))
+
+    pictures = []
+    for _ in range(count):
+        picture = Image.new("RGB", (SIZE, SIZE), colour())
+        brush = ImageDraw.Draw(picture)
+        for shape in (brush.rectangle, brush.ellipse):
+            left, top = rng.randrange(SIZE - 10), rng.randrange(SIZE - 10)
+            shape((left, top, left + rng.randrange(6, SIZE), top + rng.randrange(6, SIZE)), fill=colour())
+        pictures.append(picture)
+    return pictures
+
+
+IMAGES = shape_pictures(24, seed=1)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Path, dict]:
+    directory = tmp_path_factory.mktemp("standins")
+    return directory, build_standins(directory, MODEL, STANDINS, CORPUS, IMAGES, seed=3)
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    return {str(path.relative_to(directory)): hash_file(path) for path in directory.rglob("*") if path.is_file()}
+
+
+def colours_of_cells(images: list[Image.Image], cell: int) -> torch.Tensor:
+    """(pictures x 81, colours): mean colours of the cells, `cell` px wide, under each token of a 72 px picture."""
+    pixels = torch.from_numpy(
+        np.stack([to_array(image.resize((72, 72), Image.Resampling.BICUBIC)) for image in images])
+    )
+    means = torch.nn.functional.avg_pool2d(pixels, cell)
+    per_token = 8 // cell
+    cells = means.unflatten(3, (9, per_token)).unflatten(2, (9, per_token))  # B, 3, row, y, column, x
+    return cells.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).flatten(1)
+
+
+def test_the_loaders_of_the_downloads_read_both_layouts(built):
+    directory, details = built
+    flux, qwen = directory / "FLUX.1-dev", directory / "Qwen2.5-VL-Instruct"
+    assert load_flux(flux, MODEL.transformer, torch.float32).geometry == MODEL.transformer
+    load_vae(flux, MODEL.vae, torch.float32)
+    context, pooled = encode_prompt(flux, "A red circle", torch.float32)
+    assert context.shape == (1, 512, 24)
+    assert pooled.shape == (1, 16)
+    model, processor = load_autoregressive(qwen, dtype=torch.float32), load_processor(qwen)
+    tokenizer = processor.tokenizer
+    assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert model.config.text_config.vocab_size == 512 >= len(tokenizer)
+    assert set(model.generation_config.eos_token_id) == {
+        tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")
+    }
+    assert processor.image_processor.patch_size == 4
+    size = json.loads((qwen / "preprocessor_config.json").read_text())["size"]
+    assert size == {"shortest_edge": 4 * 64, "longest_edge": 16384 * 64}
+    assert details["num_parameters"].keys() == {"qwen", "vae", "transformer", "clip", "t5"}
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_other_weights(built, tmp_path):
+    build_standins(tmp_path / "again", MODEL, STANDINS, CORPUS, IMAGES, seed=3)
+    assert hashes(tmp_path / "again") == hashes(built[0])
+    build_standins(tmp_path / "other", MODEL, replace(STANDINS, vae_steps=1), CORPUS, IMAGES, seed=4)
+    same = {name for name, value in hashes(tmp_path / "other").items() if value == hashes(built[0])[name]}
+    assert not [name for name in same if name.endswith(".safetensors")]
+
+
+def test_the_qwen_tokenizer_round_trips_and_writes_chatml(built):
+    tokenizer = AutoTokenizer.from_pretrained(built[0] / "Qwen2.5-VL-Instruct")
+    for text in ("A large red circle, 3 squares!\n", "把圆形变成绿色", "unseen: Ünïcödé ☂ 漢字"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert len(tokenizer("A large red circle").input_ids) <= 6
+    for token in QWEN_SPECIAL_TOKENS:
+        assert len(tokenizer(token).input_ids) == 1
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "there"}]},
+    ]
+    assert tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n<|vision_start|><|image_pad|><|vision_end|>there<|im_end|>\n<|im_start|>assistant\n"
+    )
+    system = [{"role": "system", "content": "You paint."}]
+    assert tokenizer.apply_chat_template(system, tokenize=False) == "<|im_start|>system\nYou paint.<|im_end|>\n"
+
+
+def test_the_text_encoders_tokenizers_read_words(built):
+    clip = AutoTokenizer.from_pretrained(built[0] / "FLUX.1-dev" / "tokenizer")
+    ids = clip("A RED circle").input_ids
+    assert clip.convert_ids_to_tokens(ids) == ["<|startoftext|>", "a</w>", "red</w>", "circle</w>", "<|endoftext|>"]
+    assert max(ids) == ids[-1] == len(clip) - 1  # CLIP finds the end of a text by its id, the largest
+    t5 = AutoTokenizer.from_pretrained(built[0] / "FLUX.1-dev" / "tokenizer_2")
+    assert t5.convert_ids_to_tokens(t5("red circle").input_ids) == ["▁red", "▁circle", "</s>"]
+    assert len(t5) <= 128
+
+
+def test_embeddings_are_scaled_and_hold_the_colours_of_their_cells(built):
+    qwen = built[0] / "Qwen2.5-VL-Instruct"
+    tower = load_autoregressive(qwen, dtype=torch.float32).model.visual
+    held_out = shape_pictures(24, seed=2)
+    seen, new = (target_embeddings(tower, load_processor(qwen), images).flatten(0, 1) for images in (IMAGES, held_out))
+    torch.testing.assert_close(seen.mean(0), torch.zeros(64), atol=1e-3, rtol=0)
+    torch.testing.assert_close(seen.std(0), torch.ones(64), atol=1e-3, rtol=0)
+    for cell, least in ((8, 0.95), (4, 0.8)):
+        known, wanted = colours_of_cells(IMAGES, cell), colours_of_cells(held_out, cell)
+        weights = torch.linalg.solve(seen.T @ seen + torch.eye(64), seen.T @ (known - known.mean(0)))
+        residual = wanted - known.mean(0) - new @ weights
+        r_squared = 1 - residual.square().sum(0) / (wanted - wanted.mean(0)).square().sum(0)
+        assert r_squared.mean() > least
+
+
+def test_fitting_improves_the_autoencoder_and_scales_its_latents():
+    held_out = shape_pictures(8, seed=5)
+    before, after = (fit_vae(MODEL.vae, IMAGES, steps, seed=0) for steps in (1, 60))
+    assert reconstruction_psnr(after, held_out) > reconstruction_psnr(before, held_out) + 2
+    with torch.no_grad():
+        latents = after.encode(torch.from_numpy(np.stack([to_array(image) for image in IMAGES])))
+    assert abs(latents.mean()) < 0.1
+    assert 0.9 < latents.std() < 1.1
+
+
+def test_what_cannot_work_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(UserError, match=r"language\.vocab_size is 200; .* need 270"):
+        train_qwen_tokenizer(CORPUS, 200)
+    with pytest.raises(UserError, match=r"t5\.hidden_size is 24 where model\.transformer\.context_dim is 32"):
+        wide = replace(MODEL, transformer=replace(MODEL.transformer, context_dim=32))
+        build_standins(tmp_path, wide, STANDINS, CORPUS, IMAGES, seed=0)
+    with pytest.raises(UserError, match="norm_groups 4 leaves 2 of 8 channels"):
+        fit_vae(VaeGeometry([8, 16], 1, 4, 16), IMAGES, steps=1, seed=0)
+    with pytest.raises(UserError, match="no pictures"):
+        build_standins(tmp_path, MODEL, STANDINS, CORPUS, [], seed=0)
