@@ -312,6 +312,16 @@ def load_decoder(
     load_strictly(model, TensorFiles(path, device), decoder_sources(model.state_dict()), dtype)
 
 
+def load_decoder_transformer(model: FluxTransformer, path: str | Path, dtype: torch.dtype) -> None:
+    """Fill a FLUX transformer, which may be on the meta device, from the transformer inside a decoder's released file.
+
+    Raises UserError when the weights do not fit the model exactly.
+    """
+    sources = {f"transformer.{key}": key for key in model.state_dict()}
+    released = {sources[key]: source for key, source in decoder_sources(sources).items()}
+    load_strictly(model, TensorFiles(path), released, dtype, concerns=lambda key: key.startswith(RELEASED_PREFIX))
+
+
 def save_decoder(model: nn.Module, path: str | Path) -> None:
     """Write a GenerationDecoder or EditingDecoder in the released layout: `.safetensors`, or `.bin` as published."""
     state = model.state_dict()

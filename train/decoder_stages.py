@@ -9,7 +9,7 @@ from transformers import Qwen2_5_VLConfig
 
 from data.loader import ShardLoader
 from data.shards import ShardSpec
-from nexus_gen.checkpoints import load_decoder, load_flux, save_decoder
+from nexus_gen.checkpoints import load_decoder, load_decoder_transformer, load_flux, save_decoder
 from nexus_gen.conditioning import EditingProjector, GenerationAdapter, init_from_qwen
 from nexus_gen.decoders import EditingDecoder, GenerationDecoder, build_editing_decoder, build_generation_decoder
 from nexus_gen.specs.artifact import Manifest
@@ -63,16 +63,20 @@ def meta_decoder(config: DecoderConfig, embed_dim: int) -> Decoder:
 def build_initial_decoder(config: DecoderConfig, embed_dim: int) -> Decoder:
     """The decoder as training begins, on the CPU in the training dtype.
 
-    With init.decoder, that decoder. Else FLUX's transformer from model.flux and a fresh conditioner seeded by
-    config.seed, of which an editing decoder takes its layer from layer 0 of model.qwen.
+    With init.decoder, that decoder. Else the transformer of init.transformer, or FLUX's from model.flux, and a fresh
+    conditioner seeded by config.seed, of which an editing decoder takes its layer from layer 0 of model.qwen.
     embed_dim: width of the image embeddings. Raises UserError when weights do not fit the configured geometry.
     """
     decoder = meta_decoder(config, embed_dim)
     dtype = DTYPES[config.trainer.precision]
     if config.init.decoder:
-        load_decoder(decoder, decoder_file(config))
+        load_decoder(decoder, decoder_file("init.decoder", config.init.decoder, [config.kind]))
         return decoder
-    decoder.transformer = load_flux(config.model.flux, config.model.transformer, dtype)
+    if config.init.transformer:
+        file = decoder_file("init.transformer", config.init.transformer, list(DECODER_FILES))
+        load_decoder_transformer(decoder.transformer, file, dtype)
+    else:
+        decoder.transformer = load_flux(config.model.flux, config.model.transformer, dtype)
     context_dim = config.model.transformer.context_dim
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -86,16 +90,17 @@ def build_initial_decoder(config: DecoderConfig, embed_dim: int) -> Decoder:
     return decoder
 
 
-def decoder_file(config: DecoderConfig) -> Path:
-    """The file that init.decoder means: itself, or the decoder inside a directory such as an artifact."""
-    path = Path(config.init.decoder)
+def decoder_file(key: str, given: str, kinds: list[str]) -> Path:
+    """The file that a config key means: itself, or the decoder of one of `kinds` in a directory such as an artifact."""
+    path = Path(given)
     if not path.is_dir():
         return path
-    name = DECODER_FILES[config.kind]
-    for candidate in (path / name, (path / name).with_suffix(".bin")):
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"init.decoder: {path} holds no {name} and no .bin of that name; give the path of a decoder file")
+    names = [DECODER_FILES[kind] for kind in kinds]
+    for name in names:
+        for candidate in (path / name, (path / name).with_suffix(".bin")):
+            if candidate.is_file():
+                return candidate
+    raise UserError(f"{key}: {path} holds no {' or '.join(names)} and no .bin of that name; give the path of a file")
 
 
 class DecoderStage(Stage[DecoderConfig]):

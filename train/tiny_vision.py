@@ -13,18 +13,23 @@ from nexus_gen.conversation import patches, target_size
 from nexus_gen.specs.images import squash
 
 BATCH_SIZE = 64  # pictures per forward
-# Least squares from each token to the colours of its four patches explains 0.997 of the variance with these two on
-# unseen shapes; 0.940 with transformers' initialisation and 0.961 without biases.
+# On unseen shapes these explain, from a token, 0.999 of the variance of its colours (0.94 with transformers'
+# initialisation) and, by a small network on the token at an object's centre, 0.95 of its place (0.73 with every gain 1
+# and attention in windows). FLUX gives the 81 tokens no positions: what they say of their place is all it has.
 BIAS_STD = 1.0
-RESIDUAL_GAIN = 0.3
+QUERY_KEY_BIAS_STD = 3.0
+QUERY_KEY_GAIN = 0.1
+ATTENTION_GAIN = 2.0
+MLP_GAIN = 0.3
 
 
 @torch.no_grad()
 def initialise_vision(tower: VisionTower, seed: int) -> None:
-    """Random weights under which colours survive.
+    """Random weights under which colours and places survive.
 
-    Layers of unit gain make attention and MLP contribute; biases as large as the signal keep what RMSNorm would
-    divide away, the brightness of a flat patch.
+    Biases as large as the signal keep what RMSNorm would divide away, the brightness of a flat patch. Queries and keys
+    are mostly bias, so a head looks in a fixed direction, whatever it sees, and the edge of the picture cuts its view:
+    what it returns tells where its token is.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in tower.named_parameters():
@@ -33,9 +38,13 @@ def initialise_vision(tower: VisionTower, seed: int) -> None:
         if parameter.ndim == 1:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * BIAS_STD)
         else:
+            gain = {"attn.proj.weight": ATTENTION_GAIN, "mlp.down_proj.weight": MLP_GAIN}
+            scale = next((value for suffix, value in gain.items() if name.endswith(suffix)), 1.0)
             fan_in = parameter[0].numel()
-            gain = RESIDUAL_GAIN if name.endswith(("attn.proj.weight", "down_proj.weight")) else 1.0
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * gain * fan_in**-0.5)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale * fan_in**-0.5)
+        if "attn.qkv" in name:
+            queries_and_keys = parameter[: 2 * len(parameter) // 3]
+            queries_and_keys *= QUERY_KEY_BIAS_STD if parameter.ndim == 1 else QUERY_KEY_GAIN
 
 
 @torch.no_grad()

@@ -261,9 +261,13 @@ class SamplingConfig:
 
 @dataclass
 class DecoderInit:
-    """decoder: a released or earlier decoder file to go on from; empty starts from FLUX and a fresh conditioner."""
+    """decoder: a released or earlier decoder to go on from; empty starts from FLUX and a fresh conditioner.
+
+    transformer: a decoder, of either kind, whose transformer takes FLUX's place. Both: a file, or its artifact.
+    """
 
     decoder: PathStr
+    transformer: PathStr
 
 
 @dataclass
@@ -286,12 +290,17 @@ class DecoderConfig(StageConfig):
         self.optim.check()
         self.trainer.check(self.launch.world_size)
         self.logger.check()
+        if self.init.decoder and self.init.transformer:
+            raise UserError(
+                "init.transformer has no effect beside init.decoder, which brings its own; give one of them"
+            )
         one_of("objective.timesteps", self.objective.timesteps, "per_sample", "per_batch")
 
     def inputs(self) -> dict[str, Path]:
         inputs = {"shards": Path(self.shards), "model.flux": Path(self.model.flux)}
-        if self.init.decoder:
-            inputs["init.decoder"] = Path(self.init.decoder)
+        for role in ("decoder", "transformer"):
+            if getattr(self.init, role):
+                inputs[f"init.{role}"] = Path(getattr(self.init, role))
         return inputs
 
     def preflight(self) -> None:
