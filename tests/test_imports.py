@@ -18,7 +18,9 @@ ALLOWED = {
     "train.schemas": ("train.schemas", "data", "nexus_gen.specs"),
     "launch": ("launch", "train.schemas", "nexus_gen.specs"),
 }
-MODULES = sorted(path for package in ("nexus_gen", "data", "train", "launch") for path in (ROOT / package).rglob("*.py"))
+MODULES = sorted(
+    path for package in ("nexus_gen", "data", "train", "launch") for path in (ROOT / package).rglob("*.py")
+)
 
 
 def imported(path: Path, top_level_only: bool = False) -> list[str]:

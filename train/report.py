@@ -72,7 +72,7 @@ def stage_rows(run: Path) -> list[StageRow]:
 
 
 def loss_curves(run: Path) -> list[dict[str, Any]]:
-    """One SVG per loss, with its first and last smoothed value."""
+    """One SVG per loss, with the first and last value of its smoothed curve."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -86,9 +86,10 @@ def loss_curves(run: Path) -> list[dict[str, Any]]:
             if not points:
                 continue
             steps, values = zip(*points, strict=True)
-            smooth = [values[0]]
-            for value in values[1:]:
-                smooth.append(SMOOTHING * smooth[-1] + (1 - SMOOTHING) * value)
+            smooth, past = [], 0.0
+            for number, value in enumerate(values, start=1):
+                past = SMOOTHING * past + (1 - SMOOTHING) * value
+                smooth.append(past / (1 - SMOOTHING**number))  # unbiased: the first values weigh no more than others
             figure, axes = pyplot.subplots(figsize=(4.2, 2.6), layout="constrained")
             axes.plot(steps, values, color="#9db7d5", linewidth=0.8)
             axes.plot(steps, smooth, color="#1f5a99", linewidth=1.8)
@@ -98,7 +99,7 @@ def loss_curves(run: Path) -> list[dict[str, Any]]:
             figure.savefig(buffer, format="svg", metadata={"Date": None})
             pyplot.close(figure)
             svg = buffer.getvalue()
-            curves.append({"svg": svg[svg.index("<svg") :], "first": values[0], "last": smooth[-1], "label": label})
+            curves.append({"svg": svg[svg.index("<svg") :], "first": smooth[0], "last": smooth[-1]})
     return curves
 
 
