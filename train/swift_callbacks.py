@@ -18,6 +18,7 @@ import torch
 import torch.distributed
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nexus_gen.autoregressive import NexusGenOutput
@@ -83,10 +84,11 @@ class StepGuard:
             )
 
 
-class StepMetrics(TrainerCallback):
+class StepMetrics(TrainerCallback, ExportableState):
     """Losses, learning rate, gradient norm and throughput into the MetricsLogger; a progress bar on rank zero.
 
-    learning_rate: tells the rate that the coming step will use.
+    learning_rate: tells the rate that the coming step will use. The losses of the interval under way are kept in
+    checkpoints, so that a resumed run logs those of an uninterrupted one.
     """
 
     def __init__(
@@ -100,10 +102,17 @@ class StepMetrics(TrainerCallback):
         self._rate = 0.0
         self._losses: list[dict[str, float]] = []
         self._num_tokens = 0
+        self._timed_steps = 0
         self._since = 0.0
         self._bar: tqdm | None = None
 
+    def state(self) -> dict[str, Any]:
+        """What the trainer writes into a checkpoint; it would restore it only by building this object anew."""
+        return {"args": {}, "attributes": {"losses": self._losses}}
+
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        states: Any = state.stateful_callbacks  # by name, once the trainer has taken them from its list
+        self._losses = list(states[type(self).__name__]["attributes"]["losses"])
         self._since = time.monotonic()
         if state.is_world_process_zero:
             # disable=None: no bar where nobody watches; the log lines below are then all there is.
@@ -115,6 +124,7 @@ class StepMetrics(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._losses.append(self._guard.losses)
         self._num_tokens += self._guard.num_tokens
+        self._timed_steps += 1
         if self._bar is not None:
             self._bar.update()
         due = state.global_step % self._config.log_every_steps == 0
@@ -133,10 +143,9 @@ class StepMetrics(TrainerCallback):
             return
         now = time.monotonic()
         elapsed_s = now - self._since
-        num_steps = len(self._losses)
-        step_s = elapsed_s / num_steps
+        step_s = elapsed_s / self._timed_steps
         self._last = {
-            **{name: sum(losses[name] for losses in self._losses) / num_steps for name in self._losses[0]},
+            **{name: sum(losses[name] for losses in self._losses) / len(self._losses) for name in self._losses[0]},
             "train/lr": self._rate,
             **self._gradient_norm(logs or {}),
             "perf/samples_per_s": self._config.global_batch_size / step_s,
@@ -148,6 +157,7 @@ class StepMetrics(TrainerCallback):
             self._show(state)
         self._losses = []
         self._num_tokens = 0
+        self._timed_steps = 0
         self._since = now
 
     def _gradient_norm(self, logs: dict[str, float]) -> dict[str, float]:
