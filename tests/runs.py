@@ -1,0 +1,116 @@
+"""Runs of the console script for the end-to-end tests: real processes, the smallest sizes."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+from safetensors.torch import load_file
+from torch import Tensor
+
+from train.metrics import read_metrics
+from train.schemas.fields import keys
+
+NEXUS_GEN = str(Path(sys.executable).parent / "nexus-gen")
+STAGES = (
+    "shapes",
+    "standins",
+    "pretrain",
+    "embed_generation",
+    "generation_decoder",
+    "embed_editing",
+    "editing_decoder",
+)
+TRAINED = ("pretrain", "generation_decoder", "editing_decoder")
+STEPS = 6
+# An optimizer step is four micro batches of two rows: one process accumulates all, each of two processes two of them.
+# Two steps are logged as one, so a checkpoint after an odd number of steps falls between.
+SMALLEST = (
+    "shapes.num_train=48",
+    "shapes.num_heldout=12",
+    "standins.vae_steps=20",
+    "standins.num_images=24",
+    f"trainer.max_steps={STEPS}",
+    "trainer.micro_batch_size=2",
+    "trainer.global_batch_size=8",
+    "trainer.log_every_steps=2",
+    "optim.warmup_steps=2",
+    "embed.samples_per_shard=4",
+    "embed.batch_size=2",
+    "sampling.num_inference_steps=2",
+    "launch.device=cpu",
+    "launch.threads_per_process=1",
+)
+
+
+def nexus_gen(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A command to its end; its output is in `stdout` and `stderr`."""
+    return subprocess.run([NEXUS_GEN, *map(str, arguments)], capture_output=True, text=True)
+
+
+def run_arguments(run: Path, *overrides: str) -> list[str]:
+    return ["run", f"runs_dir={run.parent}", f"name={run.name}", *overrides]
+
+
+def stage_arguments(run: Path, stage: str, *overrides: str) -> list[str]:
+    """One stage of the smallest size."""
+    smallest = [override for override in SMALLEST if override.split("=")[0] in keys(stage)]
+    return run_arguments(run, f"stage={stage}", *smallest, *overrides)
+
+
+def succeed(*arguments: str | Path) -> str:
+    """All that a command printed, which has to end well."""
+    ended = nexus_gen(*arguments)
+    assert ended.returncode == 0, f"{ended.stdout[-2000:]}\n{ended.stderr[-6000:]}"
+    return ended.stdout + ended.stderr
+
+
+def copy_run(run: Path, to: Path, *without: str) -> Path:
+    """A copy of a run's artifacts and records, without some of its stages."""
+    left_out = {run / stage for stage in without}
+
+    def ignore(directory: str, names: list[str]) -> list[str]:
+        return [name for name in names if name == "checkpoints" or Path(directory, name) in left_out]
+
+    shutil.copytree(run, to, ignore=ignore)
+    return to
+
+
+def losses(stage: Path) -> dict[tuple[int, str], float]:
+    """What a stage logged about its training, by step and name."""
+    return {
+        (int(row["step"]), name): value
+        for row in read_metrics(stage)
+        for name, value in row.items()
+        if name.startswith("train/")
+    }
+
+
+def weights(stage: Path) -> dict[str, Tensor]:
+    """The tensors of a stage's artifact."""
+    files = sorted((stage / "artifact").glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def interrupt(arguments: list[str], when: Callable[[], bool], number: signal.Signals, output: Path) -> int:
+    """Start a command, signal it as soon as `when` holds, and wait; returns its exit status.
+
+    SIGKILL hits the command and all its processes at once, as a power cut would; other signals hit the command alone.
+    """
+    with open(output, "w", encoding="utf-8") as file:
+        command = psutil.Popen([NEXUS_GEN, *arguments], stdout=file, stderr=subprocess.STDOUT)
+        while not when():
+            assert command.poll() is None, f"it ended before it could be interrupted:\n{output.read_text()[-6000:]}"
+            time.sleep(0.005)
+        if number == signal.SIGKILL:
+            processes = [command, *command.children(recursive=True)]
+            for process in processes:
+                process.kill()
+            psutil.wait_procs(processes)
+        else:
+            command.send_signal(number)
+        return command.wait()

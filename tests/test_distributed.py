@@ -1,0 +1,128 @@
+"""One process or two, ZeRO-2 or ZeRO-3, interrupted or not: a stage comes out the same.
+
+Float32 on gloo. One process accumulates the same global batches; it is the shared tiny run.
+"""
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from runs import STEPS, TRAINED, copy_run, interrupt, losses, stage_arguments, succeed, weights
+
+from nexus_gen.specs.artifact import verify
+
+pytestmark = pytest.mark.slow
+
+TWO = "launch.processes_per_node=2"
+
+
+@pytest.fixture(scope="module", params=TRAINED)
+def two_processes(request: pytest.FixtureRequest, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a stage that two processes trained under ZeRO-2 without interruption."""
+    return train(tiny_run, tmp_path_factory.mktemp("zero2") / "run", request.param)
+
+
+def train(tiny_run: Path, to: Path, stage: str, *overrides: str) -> Path:
+    """Train one stage of a copy of the tiny run on two processes; returns the stage's directory."""
+    copy_run(tiny_run, to, stage)
+    assert f"{stage}: 2 process(es)" in succeed(*stage_arguments(to, stage, TWO, *overrides))
+    return to / stage
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """Equal up to the order in which gradients are added."""
+    assert {step for step, _ in losses(one)} == set(range(2, STEPS + 1, 2))
+    assert losses(one) == pytest.approx(losses(other), rel=1e-3)
+    found, wanted = weights(one), weights(other)
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(
+            tensor, wanted[name], rtol=0, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_one_process_and_two_train_alike(tiny_run: Path, two_processes: Path) -> None:
+    assert_same_training(two_processes, tiny_run / two_processes.name)
+
+
+def test_zero_2_and_zero_3_train_alike(tiny_run: Path, two_processes: Path, tmp_path: Path) -> None:
+    zero_3 = train(tiny_run, tmp_path / "run", two_processes.name, "trainer.zero_stage=3")
+    assert_same_training(zero_3, two_processes)
+
+
+def test_a_killed_stage_goes_on_as_if_nothing_had_happened(tiny_run: Path, two_processes: Path, tmp_path: Path) -> None:
+    stage = two_processes.name
+    run = copy_run(tiny_run, tmp_path / "run", stage)
+    arguments = stage_arguments(run, stage, TWO, f"trainer.checkpoint_every_steps={STEPS // 2}")
+
+    def checkpointed() -> bool:
+        return bool(checkpoints(run / stage))
+
+    interrupt(arguments, checkpointed, signal.SIGKILL, tmp_path / "output")
+    assert not (run / stage / "artifact").exists()
+    went_on = succeed(*arguments)
+    assert f"step {STEPS // 2} of {STEPS}" in went_on
+    assert losses(run / stage) == losses(two_processes)
+    resumed, uninterrupted = weights(run / stage), weights(two_processes)
+    assert resumed.keys() == uninterrupted.keys()
+    assert [name for name in resumed if not torch.equal(resumed[name], uninterrupted[name])] == []
+
+
+def checkpoints(stage: Path) -> list[Path]:
+    """Checkpoints that were written to the end: renamed by the decoder stages, marked by pretraining."""
+    found = [path for path in (stage / "checkpoints").glob("step_*") if path.suffix != ".partial"]
+    return found + [mark.parent for mark in (stage / "checkpoints").glob("*/complete")]
+
+
+@pytest.mark.parametrize("stage", TRAINED[:2])
+def test_a_stage_killed_after_its_last_step_only_writes_its_artifact(
+    stage: str, tiny_run: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    shutil.rmtree(run / stage / "artifact")
+    assert f"step {STEPS} of {STEPS}" in succeed(*stage_arguments(run, stage))
+    assert losses(run / stage) == losses(tiny_run / stage)
+    assert verify(run / stage / "artifact").fingerprint == verify(tiny_run / stage / "artifact").fingerprint
+
+
+@pytest.mark.parametrize(("stage", "number"), [("pretrain", signal.SIGTERM), ("generation_decoder", signal.SIGINT)])
+def test_a_signalled_stage_saves_and_stops(stage: str, number: signal.Signals, tiny_run: Path, tmp_path: Path) -> None:
+    run = copy_run(tiny_run, tmp_path / "run", stage)
+    endless = ["trainer.max_steps=1000000", "trainer.log_every_steps=1", "trainer.checkpoint_every_steps=0"]
+    output = tmp_path / "output"
+    status = interrupt(stage_arguments(run, stage, TWO, *endless), lambda: len(losses(run / stage)) > 0, number, output)
+    assert status == 3, output.read_text()[-6000:]
+    assert "Traceback" not in output.read_text()
+    assert len(checkpoints(run / stage)) == 1
+    last_step = max(step for step, _ in losses(run / stage))
+    assert checkpoints(run / stage)[0].name.endswith(f"{last_step}")
+    assert not (run / stage / "artifact").exists()
+
+
+def test_one_process_and_two_write_the_same_shards(tiny_run: Path, tmp_path: Path) -> None:
+    run = copy_run(tiny_run, tmp_path / "run", "embed_generation")
+    succeed(*stage_arguments(run, "embed_generation", TWO))
+    assert verify(run / "embed_generation" / "artifact").files == shards(tiny_run, "embed_generation")
+
+
+def test_a_killed_embedding_stage_keeps_its_finished_shards(tiny_run: Path, tmp_path: Path) -> None:
+    stage = "embed_editing"
+    run = copy_run(tiny_run, tmp_path / "run", stage)
+    train_shards = run / stage / "artifact.partial" / "train"
+    arguments = stage_arguments(run, stage)
+    interrupt(arguments, lambda: any(train_shards.glob("0*.tar")), signal.SIGKILL, tmp_path / "output")
+    kept = {path: path.stat().st_mtime_ns for path in train_shards.glob("0*.tar")}
+    assert not (run / stage / "artifact").exists()
+    assert f"{len(kept)} finished shards kept" in succeed(*arguments)
+    for path, written in kept.items():
+        assert (run / stage / "artifact" / "train" / path.name).stat().st_mtime_ns == written
+    assert verify(run / stage / "artifact").files == shards(tiny_run, stage)
+
+
+def shards(run: Path, stage: str) -> dict[str, dict[str, object]]:
+    """Name -> size and checksum of a stage's files."""
+    files = verify(run / stage / "artifact").files
+    assert len(files) > 4 and all(name.endswith(".tar") for name in files)
+    return files

@@ -1,0 +1,102 @@
+"""What a user brings along: message rows of photographs, through `pipeline=tiny_messages` and the three commands."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+from runs import SMALLEST, STAGES, TRAINED, losses, nexus_gen, run_arguments, succeed
+from skimage import data
+
+from data.messages import check_rows
+from nexus_gen.specs.artifact import Manifest, verify
+
+pytestmark = pytest.mark.slow
+
+# What scikit-image installs along with its code, and a caption: colour, greyscale, landscape and portrait.
+CAPTIONS = {
+    "astronaut": "a portrait of an astronaut in an orange suit",
+    "camera": "a black and white photograph of a man with a camera",
+    "chelsea": "a close view of a tabby cat",
+    "coffee": "a cup of coffee on a wooden table",
+    "coins": "old coins in rows",
+    "rocket": "火箭立在发射台上",
+}
+EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "Turn it into a black and white photograph.": lambda image: ImageOps.grayscale(image).convert("RGB"),
+    "Mirror it.": ImageOps.mirror,
+    "让图片变暗。": lambda image: ImageEnhance.Brightness(image).enhance(0.4),
+}
+HELD_OUT = ("chelsea", "rocket")
+
+
+def write_dataset(directory: Path) -> None:
+    """train.jsonl and heldout.jsonl: per photograph a question, a caption to paint and an edit of each kind."""
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": []}
+    (directory / "images").mkdir(parents=True)
+    for name, caption in CAPTIONS.items():
+        photograph = Image.fromarray(getattr(data, name)())
+        photograph.thumbnail((200, 200))
+        photograph.save(directory / "images" / f"{name}.jpg")
+        split = rows["heldout" if name in HELD_OUT else "train"]
+        picture = f"images/{name}.jpg"
+        split.append(row([picture], "<image>\nWhat does the picture show?", f"It shows {caption}."))
+        split.append(row([picture], f"Generate an image according to the following description: {caption}", "<image>"))
+        for number, (instruction, edit) in enumerate(EDITS.items()):
+            edited = f"images/{name}-{number}.png"
+            edit(photograph).save(directory / edited)
+            split.append(row([picture, edited], f"<image> {instruction}", "Here is the image: <image>"))
+    for split_name, of_split in rows.items():
+        lines = [
+            json.dumps({"id": str(number), **of_split[number]}, ensure_ascii=False) for number in range(len(of_split))
+        ]
+        (directory / f"{split_name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def row(images: list[str], question: str, answer: str) -> dict[str, Any]:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"source": "photographs", "images": images, "messages": turns}
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("photographs")
+    write_dataset(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def photograph_run(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "photographs"
+    dataset = [f"data.train={photographs / 'train.jsonl'}", f"data.heldout={photographs / 'heldout.jsonl'}"]
+    smallest = [override for override in SMALLEST if not override.startswith("shapes.")]
+    succeed(*run_arguments(run, "pipeline=tiny_messages", *dataset, *smallest, "trainer.max_steps=2"))
+    return run
+
+
+def test_every_stage_takes_photographs(photographs: Path, photograph_run: Path) -> None:
+    tasks = {"understanding": 4, "generation": 4, "editing": 12}
+    assert check_rows(photographs / "train.jsonl", check_images="open").tasks == tasks
+    for stage in STAGES[1:]:
+        verify(photograph_run / stage / "artifact")
+    for stage in TRAINED:
+        assert losses(photograph_run / stage)
+    for stage, samples in (("embed_generation", (4, 2)), ("embed_editing", (12, 6))):
+        splits = Manifest.load(photograph_run / stage / "artifact").details["splits"]
+        assert tuple(sum(shard["samples"] for shard in splits[name]) for name in ("train", "heldout")) == samples
+
+
+def test_the_commands_serve_photographs(photographs: Path, photograph_run: Path, tmp_path: Path) -> None:
+    cat = photographs / "images" / "chelsea.jpg"
+    models = ["--run", photograph_run, "--device", "cpu"]
+    generate = ["generate", "--prompt", CAPTIONS["rocket"], "--language", "zh"]
+    succeed(*generate, *models, "--result-path", tmp_path / "rocket.png")
+    edit = ["edit", "--input-image", cat, "--instruction", "Mirror it."]
+    succeed(*edit, *models, "--result-path", tmp_path / "cat.webp")
+    for name in ("rocket.png", "cat.webp"):
+        with Image.open(tmp_path / name) as image:
+            assert image.size == (64, 64)
+    answer = nexus_gen("understand", *models, "--input-image", cat, "--prompt", "What does the picture show?")
+    assert answer.returncode == 0 and answer.stdout.endswith("\n"), answer.stderr

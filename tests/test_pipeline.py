@@ -1,0 +1,164 @@
+"""The tiny pipeline through the console script, from nothing to a report and pictures."""
+
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from runs import SMALLEST, STAGES, STEPS, TRAINED, copy_run, losses, nexus_gen, run_arguments, stage_arguments, succeed
+
+from nexus_gen.specs.artifact import Manifest, verify
+from nexus_gen.specs.errors import UserError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def changed_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy to run stages of again."""
+    return copy_run(tiny_run, tmp_path_factory.mktemp("runs") / "changed")
+
+
+def run_again(run: Path, *overrides: str) -> tuple[list[str], list[str]]:
+    """Run the pipeline once more: the stages that ran, and those that were skipped."""
+    printed = succeed(*run_arguments(run, "pipeline=tiny", *SMALLEST, *overrides))
+    ran = re.findall(r"^(\w+): done", printed, re.MULTILINE)
+    return ran, re.findall(r"^(\w+): unchanged, skipped", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_leaves_a_verified_artifact_and_a_record(stage: str, tiny_run: Path) -> None:
+    manifest = verify(tiny_run / stage / "artifact")
+    assert manifest.stage == stage and manifest.files
+    config = yaml.safe_load((tiny_run / stage / "config.yaml").read_text(encoding="utf-8"))
+    assert config["stage"] == stage and config["name"] == tiny_run.name
+    environment = json.loads((tiny_run / stage / "environment.json").read_text(encoding="utf-8"))
+    assert manifest.code == environment and environment["packages"]["torch"]
+    # Artifacts can be moved: nothing in them says where they were made.
+    for path in (tiny_run / stage / "artifact").rglob("*.json*"):
+        assert str(tiny_run) not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_losses_are_finite(stage: str, tiny_run: Path) -> None:
+    logged = losses(tiny_run / stage)
+    assert {step for step, name in logged if name == "train/loss"} == {2, 4, STEPS}
+    assert all(map(math.isfinite, logged.values()))
+
+
+def test_the_same_command_skips_every_stage(tiny_run: Path) -> None:
+    assert run_again(tiny_run) == ([], list(STAGES))
+
+
+def test_a_changed_value_runs_its_stage_and_what_reads_from_it(changed_run: Path) -> None:
+    ran, skipped = run_again(changed_run, "embed_generation.embed.dtype=float32")
+    assert ran == ["embed_generation", "generation_decoder"]
+    assert skipped == ["shapes", "standins", "pretrain", "embed_editing", "editing_decoder"]
+
+
+def test_from_runs_that_stage_again(changed_run: Path) -> None:
+    before = Manifest.load(changed_run / "editing_decoder" / "artifact")
+    assert run_again(changed_run, "from=editing_decoder") == (["editing_decoder"], [])
+    after = Manifest.load(changed_run / "editing_decoder" / "artifact")
+    assert after.created_at > before.created_at
+    assert after.fingerprint == before.fingerprint
+
+
+def test_shards_of_the_other_decoder_are_refused(tiny_run: Path, tmp_path: Path) -> None:
+    shards = tiny_run / "embed_generation" / "artifact"
+    run = copy_run(tiny_run, tmp_path / "run", "editing_decoder")
+    ended = nexus_gen(*stage_arguments(run, "editing_decoder", f"shards={shards}"))
+    assert ended.returncode == 2
+    assert ended.stderr.strip().splitlines() == [
+        f"error: the shards in {shards} have num_reference_tokens 0 where this stage needs 324; "
+        "give the shards of the embedding stage that belongs to it"
+    ]
+
+
+def test_a_flipped_bit_is_found(tiny_run: Path, tmp_path: Path) -> None:
+    artifact = shutil.copytree(tiny_run / "embed_editing" / "artifact", tmp_path / "artifact")
+    shard = artifact / "train" / "000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"train/000000.tar differs from its manifest"):
+        verify(artifact)
+
+
+class Page(HTMLParser):
+    """Counts tags, and keeps everything that a browser would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.fetched: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.fetched += [value for name, value in attrs if name in ("src", "href", "srcset", "data") and value]
+
+
+def test_the_report_is_one_page_with_everything_in_it(tiny_run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "report.html"
+    assert str(output) in succeed("report", tiny_run, "--output", output, "--num-samples", "1", "--device", "cpu")
+    text = output.read_text(encoding="utf-8")
+    page = Page(text)
+    # Fragments are the curves' own: matplotlib draws markers and letters once and refers to them.
+    assert [url[:60] for url in page.fetched if not url.startswith(("data:", "#"))] == []
+    assert "url(http" not in text and "@import" not in text
+    assert page.tags["svg"] == 4  # two losses of pretraining, one of each decoder
+    assert page.tags["img"] >= 4 + 5 + 1
+    for stage in STAGES:
+        assert stage in text
+
+
+def picture(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def test_pictures_are_generated_from_a_run_wherever_it_is(tiny_run: Path, tmp_path: Path) -> None:
+    generate = ["generate", "--prompt", "a red circle on a white background", "--device", "cpu", "--result-path"]
+    succeed(*generate, tmp_path / "one.png", "--run", tiny_run, "--seed", "1")
+    moved = copy_run(tiny_run, tmp_path / "copied").rename(tmp_path / "moved")
+    succeed(*generate, tmp_path / "again.png", "--run", moved, "--seed", "1")
+    succeed(*generate, tmp_path / "other.png", "--run", moved, "--seed", "2")
+    one, again, other = (picture(tmp_path / f"{name}.png") for name in ("one", "again", "other"))
+    assert one.size == (64, 64)
+    assert one.tobytes() == again.tobytes() != other.tobytes()
+
+
+def test_pictures_are_generated_from_chinese_in_other_sizes(tiny_run: Path, tmp_path: Path) -> None:
+    result = tmp_path / "new folder" / "圆.jpg"
+    sampling = ["--width", "40", "--height", "72", "--num-inference-steps", "1", "--cfg-scale", "2"]
+    prompt = ["--prompt", "一个红色的圆", "--language", "zh"]
+    succeed("generate", "--run", tiny_run, *prompt, *sampling, "--result-path", result)
+    assert picture(result).size == (40, 72)
+
+
+def test_pictures_of_odd_sizes_are_edited_by_either_decoder(tiny_run: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source.png"
+    Image.linear_gradient("L").resize((51, 37)).convert("RGBA").save(source)
+    edit = ["edit", "--run", tiny_run, "--input-image", source, "--instruction", "make it blue", "--result-path"]
+    succeed(*edit, tmp_path / "editing.png")
+    succeed(*edit, tmp_path / "generation.png", "--use-generation-decoder")
+    editing, generation = picture(tmp_path / "editing.png"), picture(tmp_path / "generation.png")
+    assert editing.size == generation.size == (64, 64)
+    assert editing.tobytes() != generation.tobytes()
+
+
+def test_questions_about_pictures_are_answered_alike_every_time(tiny_run: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source.png"
+    Image.linear_gradient("L").resize((37, 51)).save(source)
+    ask = ["understand", "--run", tiny_run, "--input-image", source, "--prompt", "What colour is the circle?"]
+    answers = [nexus_gen(*ask, "--max-new-tokens", "8", "--device", "cpu") for _ in range(2)]
+    assert [answer.returncode for answer in answers] == [0, 0]
+    assert answers[0].stdout == answers[1].stdout
