@@ -35,7 +35,6 @@ def worker_command(launch: LaunchConfig, config_path: Path, rendezvous: str | No
         "torch.distributed.run",
         *meeting,
         f"--nproc-per-node={launch.processes_per_node}",
-        f"--shutdown-timeout={SHUTDOWN_TIMEOUT_S}",
         "-m",
         "train.worker",
         str(config_path),
@@ -49,7 +48,12 @@ def worker_environment(launch: LaunchConfig) -> dict[str, str]:
     ones slow a machine that does anything else down tenfold.
     """
     threads = launch.threads_per_process or max(1, (os.cpu_count() or 1) // launch.processes_per_node)
-    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "passive",
+        "PYTHONUNBUFFERED": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT_S),
+    }
 
 
 def slurm_script(launch: LaunchConfig, config_path: Path) -> str:
