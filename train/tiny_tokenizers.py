@@ -114,7 +114,7 @@ def train_qwen_tokenizer(corpus: list[str], vocab_size: int) -> Qwen2Tokenizer:
         merges=merges,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        unk_token=None,
+        unk_token=None,  # type: ignore[arg-type]  # as the download has it
         additional_special_tokens=QWEN_SPECIAL_TOKENS,
         chat_template=CHAT_TEMPLATE,
         model_max_length=MAX_LENGTHS["qwen"],

@@ -6,6 +6,7 @@ so that photographs come through too. Legend: B pictures, S pixels per side.
 
 import logging
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,9 +85,7 @@ def initialise(vae: FluxVae) -> None:
     carry_colours(vae.decoder, groups, gain_in=1 / gain, bias_in=-SHIFT / gain, gain_out=1.0, bias_out=0.0)
 
 
-def carry_colours(
-    coder: nn.Module, groups: int, gain_in: float, bias_in: float, gain_out: float, bias_out: float
-) -> None:
+def carry_colours(coder: Any, groups: int, gain_in: float, bias_in: float, gain_out: float, bias_out: float) -> None:
     """Set the convolutions of the main path so that three input channels arrive at the first three outputs.
 
     Before the output stand a group norm and SiLU, which would lose the scale: beside each colour, two constant
@@ -131,7 +130,9 @@ def calibrate(vae: FluxVae, pictures: Tensor) -> None:
     """Give every latent channel mean 0 and std 1 over `pictures`: in the encoder's last convolution, undone in the
     decoder's first, so that pictures come out as before."""
     std, mean = torch.std_mean(vae.encode(pictures), dim=(0, 2, 3))
-    last, first, channels = vae.encoder.conv_out, vae.decoder.conv_in, len(std)
+    last: Any = vae.encoder.conv_out
+    first: Any = vae.decoder.conv_in
+    channels = len(std)
     raw_mean = SHIFT + mean / SCALE
     last.bias[:channels] = (last.bias[:channels] - raw_mean) / std + SHIFT
     last.weight[:channels] /= std[:, None, None, None]
