@@ -32,15 +32,16 @@ def train(tiny_run: Path, to: Path, stage: str, *overrides: str) -> Path:
 
 
 def assert_same_training(one: Path, other: Path) -> None:
-    """Equal up to the order in which gradients are added."""
+    """Equal up to the order in which gradients are added.
+
+    Measured at worst: 8e-8 of a loss, 3e-6 of a weight, where a step of the optimizer moves a weight by up to 1e-3.
+    """
     assert {step for step, _ in losses(one)} == set(range(2, STEPS + 1, 2))
-    assert losses(one) == pytest.approx(losses(other), rel=1e-3)
+    assert losses(one) == pytest.approx(losses(other), rel=1e-5)
     found, wanted = weights(one), weights(other)
     assert found.keys() == wanted.keys()
-    for name, tensor in found.items():
-        torch.testing.assert_close(
-            tensor, wanted[name], rtol=0, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    differences = {name: float((found[name].float() - wanted[name].float()).abs().max()) for name in found}
+    assert {name: difference for name, difference in differences.items() if difference > 5e-5} == {}
 
 
 def test_one_process_and_two_train_alike(tiny_run: Path, two_processes: Path) -> None:

@@ -103,7 +103,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags[tag] += 1
-        self.fetched += [value for name, value in attrs if name in ("src", "href", "srcset", "data") and value]
+        names = ("src", "srcset", "href", "xlink:href", "data")
+        self.fetched += [value for name, value in attrs if name in names and value]
 
 
 def test_the_report_is_one_page_with_everything_in_it(tiny_run: Path, tmp_path: Path) -> None:
