@@ -87,9 +87,13 @@ def learn_merges(tokenizer: Tokenizer, corpus: Iterable[str], num_merges: int, s
     learner = Tokenizer(models.BPE(end_of_word_suffix=suffix))
     learner.normalizer = tokenizer.normalizer
     learner.pre_tokenizer = tokenizer.pre_tokenizer
+    # Given as special tokens, the bytes that end words are numbered at once. The trainer would number them as it meets
+    # them, in the changing order of a hash table, and rank equally frequent pairs by number.
+    word_ends = [byte + suffix for byte in BYTES] if suffix else []
     trainer = trainers.BpeTrainer(
-        vocab_size=len(BYTES) * (2 if suffix else 1) + num_merges,
+        vocab_size=len(BYTES) + len(word_ends) + num_merges,
         initial_alphabet=BYTES,
+        special_tokens=word_ends,
         max_token_length=MAX_TOKEN_BYTES,
         end_of_word_suffix=suffix,
         show_progress=False,

@@ -20,7 +20,7 @@ from nexus_gen.specs.images import to_array
 from nexus_gen.text_encoders import encode_prompt
 from train.schemas.stages import StandinsConfig, StandinsModelConfig
 from train.standins import build_standins
-from train.tiny_tokenizers import QWEN_SPECIAL_TOKENS, train_qwen_tokenizer
+from train.tiny_tokenizers import QWEN_SPECIAL_TOKENS, train_clip_tokenizer, train_qwen_tokenizer
 from train.tiny_vae import fit_vae, reconstruction_psnr
 from train.tiny_vision import target_embeddings
 
@@ -116,6 +116,11 @@ def test_the_same_seed_writes_the_same_bytes_and_another_other_weights(built, tm
     build_standins(tmp_path / "other", MODEL, replace(STANDINS, vae_steps=1), CORPUS, IMAGES, seed=4)
     same = {name for name, value in hashes(tmp_path / "other").items() if value == hashes(built[0])[name]}
     assert not [name for name in same if name.endswith(".safetensors")]
+
+
+def test_equally_frequent_pairs_are_merged_in_the_same_order_every_time():
+    for train, vocab_size in ((train_clip_tokenizer, 640), (train_qwen_tokenizer, 512)):
+        assert len({train(CORPUS, vocab_size).backend_tokenizer.to_str() for _ in range(40)}) == 1
 
 
 def test_the_qwen_tokenizer_round_trips_and_writes_chatml(built):
