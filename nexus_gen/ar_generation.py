@@ -14,18 +14,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
-from transformers.generation import (
+
+from nexus_gen.autoregressive import NexusGenForConditionalGeneration, index_within_runs
+from nexus_gen.compat import ensure_torchvision
+from nexus_gen.specs.geometry import MERGE_SIZE, NUM_TARGET_TOKENS, TARGET_GRID
+
+ensure_torchvision()
+
+from transformers import DynamicCache  # noqa: E402
+from transformers.generation import (  # noqa: E402
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-
-from nexus_gen.autoregressive import NexusGenForConditionalGeneration, index_within_runs
-from nexus_gen.specs.geometry import MERGE_SIZE, NUM_TARGET_TOKENS, TARGET_GRID
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel  # noqa: E402
 
 TARGET_SIDE = TARGET_GRID // MERGE_SIZE  # 9 merged tokens
 PositionsAfterImage = Literal["published", "trained"]
