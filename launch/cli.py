@@ -16,6 +16,7 @@ COMMANDS = {
     "understand": ("nexus_gen.commands", "answer a question about a picture"),
     "generate": ("nexus_gen.commands", "paint a picture from a prompt"),
     "edit": ("nexus_gen.commands", "repaint a picture by an instruction"),
+    "completion": ("launch.completion", "tab completion for bash: source <(nexus-gen completion)"),
     "report": ("train.report", "one HTML page of a run: curves, pictures, answers"),
 }
 # The only variables that the program reads; a misspelt one would silently do nothing.

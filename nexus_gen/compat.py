@@ -6,12 +6,17 @@ The registry's torchvision is linked against CUDA. Where its library does not lo
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import torch
 
 _libraries: list[torch.library.Library] = []  # an operator lives as long as its Library object
+
+if not torch.cuda.is_available():
+    # diffsynth imports DeepSpeed, which otherwise warns at every start that it found no accelerator.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def ensure_torchvision() -> None:

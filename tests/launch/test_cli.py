@@ -80,6 +80,24 @@ def test_mistakes_give_one_sentence(arguments: list[str], sentence: str, tmp_pat
     assert len(ran.stderr.strip().splitlines()) == 1, ran.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "completions"),
+    [
+        ("nexus-gen ge", ["generate "]),
+        ("nexus-gen data ", ["shapes "]),
+        ("nexus-gen run sta", ["stage="]),
+        ("nexus-gen run stage=edi", ["stage=editing_decoder "]),
+        ("nexus-gen run stage=pretrain trainer.max", ["trainer.max_steps="]),
+        ("nexus-gen run stage=pretrain launch=s", ["launch=slurm "]),
+        ("nexus-gen run stage=shapes trainer.max", []),
+    ],
+)
+def test_tab_completion(line: str, completions: list[str]) -> None:
+    assert nexus_gen("completion", "--for", line).stdout.split("\n")[:-1] == (completions or [""])
+    shell = f"source <({NEXUS_GEN} completion); PATH={Path(NEXUS_GEN).parent}:$PATH; complete -p nexus-gen"
+    assert subprocess.run(["bash", "-c", shell], capture_output=True).returncode == 0
+
+
 def test_a_misspelt_variable_is_an_error(tmp_path: Path) -> None:
     ran = nexus_gen("report", "x", cwd=tmp_path, NEXUS_GEN_RUN="elsewhere")
     assert ran.returncode == 2
