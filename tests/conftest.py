@@ -18,5 +18,5 @@ from runs import SMALLEST, run_arguments, succeed  # noqa: E402
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`pipeline=tiny` of the smallest size, one process per stage. Tests read it, and write to copies only."""
     run = tmp_path_factory.mktemp("runs") / "base"
-    succeed(*run_arguments(run, "pipeline=tiny", "launch.processes_per_node=1", *SMALLEST))
+    succeed(*run_arguments(run, "pipeline=tiny", *SMALLEST))
     return run

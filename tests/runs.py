@@ -43,6 +43,7 @@ SMALLEST = (
     "embed.batch_size=2",
     "sampling.num_inference_steps=2",
     "launch.device=cpu",
+    "launch.processes_per_node=1",
     "launch.threads_per_process=1",
 )
 
@@ -57,9 +58,11 @@ def run_arguments(run: Path, *overrides: str) -> list[str]:
 
 
 def stage_arguments(run: Path, stage: str, *overrides: str) -> list[str]:
-    """One stage of the smallest size."""
-    smallest = [override for override in SMALLEST if override.split("=")[0] in keys(stage)]
-    return run_arguments(run, f"stage={stage}", *smallest, *overrides)
+    """One stage of the smallest size, as `pipeline=tiny` runs it."""
+    own = [override for override in SMALLEST if override.split("=")[0] in keys(stage)]
+    if stage == "editing_decoder":
+        own.append(f"init.transformer={run / 'generation_decoder' / 'artifact'}")
+    return run_arguments(run, f"stage={stage}", *own, *overrides)
 
 
 def succeed(*arguments: str | Path) -> str:
