@@ -74,7 +74,7 @@ def test_a_killed_stage_goes_on_as_if_nothing_had_happened(tiny_run: Path, two_p
 def checkpoints(stage: Path) -> list[Path]:
     """Checkpoints that were written to the end: renamed by the decoder stages, marked by pretraining."""
     found = [path for path in (stage / "checkpoints").glob("step_*") if path.suffix != ".partial"]
-    return found + [mark.parent for mark in (stage / "checkpoints").glob("*/complete")]
+    return found + [mark.parent for mark in (stage / "checkpoints").glob("checkpoint-*/complete")]
 
 
 @pytest.mark.parametrize("stage", TRAINED[:2])
