@@ -72,7 +72,11 @@ def photograph_run(photographs: Path, tmp_path_factory: pytest.TempPathFactory) 
     run = tmp_path_factory.mktemp("runs") / "photographs"
     dataset = [f"data.train={photographs / 'train.jsonl'}", f"data.heldout={photographs / 'heldout.jsonl'}"]
     smallest = [override for override in SMALLEST if not override.startswith("shapes.")]
-    succeed(*run_arguments(run, "pipeline=tiny_messages", *dataset, *smallest, "trainer.max_steps=2"))
+    succeed(
+        *run_arguments(
+            run, "pipeline=tiny_messages", *dataset, *smallest, "trainer.max_steps=2", "trainer.global_batch_size=4"
+        )
+    )
     return run
 
 
