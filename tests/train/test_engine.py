@@ -93,7 +93,7 @@ def config(inputs: Path, runs_dir: Path, stage: str = "generation_decoder", deco
         "seed": 3,
         "resume": True,
         "shards": str(inputs / "shards"),
-        "init": {"decoder": decoder},
+        "init": {"decoder": decoder, "transformer": ""},
         "model": model,
         "objective": {"timesteps": "per_sample", "guidance": 3.5},
         "sampling": {"num_inference_steps": 2, "cfg_scale": 1.0, "embedded_guidance": 3.5},
