@@ -14,8 +14,9 @@ from nexus_gen.specs.images import squash
 
 BATCH_SIZE = 64  # pictures per forward
 # On unseen shapes these explain, from a token, 0.999 of the variance of its colours (0.94 with transformers'
-# initialisation) and, by a small network on the token at an object's centre, 0.92 of its place (0.73 with weak attention
-# in windows). Stronger attention tells more of places (0.95 at a gain of 2) and paints worse. FLUX gives the 81 tokens no positions: what they say of their place is all it has.
+# initialisation) and, by a small network on the token at an object's centre, 0.92 of its place (0.73 with weak
+# attention in windows). Stronger attention tells more of places (0.95 at a gain of 2) and paints worse. FLUX gives the
+# 81 tokens no positions: what they say of their place is all it has.
 BIAS_STD = 1.0
 QUERY_KEY_BIAS_STD = 3.0
 QUERY_KEY_GAIN = 0.1
