@@ -1,6 +1,5 @@
 """From overrides on a command line to a validated, resolved config of one stage."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,8 +123,3 @@ def composition_error(error: ConfigCompositionException, overrides: list[Overrid
             valid = keys(next((o.text.split("=")[1] for o in overrides if o.key == "stage"), "pretrain"))
             return f"there is no key '{override.key}'{nearest(override.key, valid)}"
     return lines[0]
-
-
-def as_yaml(config: StageConfig) -> str:
-    """The resolved config as the run directory records it."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))

@@ -13,11 +13,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from launch.compose import CONFIGS, Override, as_yaml, compose_stage
+from launch.compose import CONFIGS, Override, compose_stage
 from launch.processes import slurm_script, start, worker_command, worker_environment
 from nexus_gen.specs.artifact import MANIFEST
 from nexus_gen.specs.errors import UserError, nearest
-from train.schemas.fields import keys
+from train.schemas.fields import as_yaml, keys
 from train.schemas.run_directory import prepare, unchanged
 from train.schemas.stages import SCHEMAS, StageConfig
 

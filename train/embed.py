@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel as VisionTower
 
 from data.messages import Row, read_rows
 from data.shards import Sample, ShardSpec, index_shard, write_shard
-from nexus_gen.ar_checkpoint import load_autoregressive, load_processor
+from nexus_gen.ar_checkpoint import load_autoregressive, load_processor, load_vision_tower
 from nexus_gen.ar_generation import teacher_forced_embeddings, vision_embeddings
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration
 from nexus_gen.checkpoints import load_vae
@@ -130,9 +131,10 @@ class EmbedStage(Stage[EmbedConfig]):
     def processor(self) -> Any:
         return load_processor(self.config.embed.autoregressive)
 
-    @cached_property
-    def model(self) -> NexusGenForConditionalGeneration:
-        return load_autoregressive(self.config.embed.autoregressive, dtype=self.compute_dtype, device=self.device)
+    @property
+    @abstractmethod
+    def tower(self) -> VisionTower:
+        """The vision tower of the checkpoint."""
 
     @cached_property
     def vae(self) -> FluxVae:
@@ -148,7 +150,7 @@ class EmbedStage(Stage[EmbedConfig]):
     def vision(self, images: list[Image.Image], num_tokens: int) -> Tensor:
         """(B, num_tokens, D) of pictures that already have the size of their grid."""
         pixel_values, grid = patches(self.processor, images)
-        embeds = vision_embeddings(self.model, pixel_values.to(self.device), grid.to(self.device))
+        embeds = vision_embeddings(self.tower, pixel_values.to(self.device), grid.to(self.device))
         return embeds.view(len(images), num_tokens, -1)
 
     def details(self, directory: Path, shards: list[Shard]) -> dict[str, Any]:
@@ -180,6 +182,11 @@ class EmbedGenerationStage(EmbedStage[EmbedGenerationConfig]):
 
     num_reference_tokens = 0
 
+    @cached_property
+    def tower(self) -> VisionTower:
+        """Alone: the language model, nearly all of a full-size checkpoint, is not read."""
+        return load_vision_tower(self.config.embed.autoregressive, dtype=self.compute_dtype, device=self.device)
+
     def embed(self, rows: list[Row]) -> dict[str, Tensor]:
         images = [open_image(row.images[-1]) for row in rows]
         side = target_size(self.processor)
@@ -196,6 +203,14 @@ class EmbedEditingStage(EmbedStage[EmbedEditingConfig]):
     """
 
     num_reference_tokens = NUM_REFERENCE_TOKENS
+
+    @cached_property
+    def model(self) -> NexusGenForConditionalGeneration:
+        return load_autoregressive(self.config.embed.autoregressive, dtype=self.compute_dtype, device=self.device)
+
+    @property
+    def tower(self) -> VisionTower:
+        return self.model.model.visual
 
     def embed(self, rows: list[Row]) -> dict[str, Tensor]:
         pictures = [[open_image(path) for path in row.images] for row in rows]

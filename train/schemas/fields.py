@@ -51,6 +51,11 @@ def typed(stage: str, values: dict[str, Any]) -> StageConfig:
     return config
 
 
+def as_yaml(config: StageConfig) -> str:
+    """The resolved config, as `--cfg` prints it and the run directory records it."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
 def fingerprint_values(config: StageConfig) -> dict[str, Any]:
     """The values that decide what a stage makes: no paths (their content counts), nothing of how it runs."""
     left_out = {key for key, marks in walk(type(config)) if marks}

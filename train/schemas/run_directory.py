@@ -1,6 +1,5 @@
 """The directory of one stage of a run: what is recorded before processes start, and what of an earlier try is kept."""
 
-import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -9,11 +8,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
 from nexus_gen.specs.errors import UserError
-from train.schemas.fields import fingerprint_values, input_fingerprints
+from train.schemas.fields import as_yaml, fingerprint_values, input_fingerprints
 from train.schemas.stages import StageConfig
 
 PACKAGES = ("torch", "transformers", "ms-swift", "deepspeed", "lightning", "diffsynth", "webdataset", "safetensors")
@@ -78,7 +75,7 @@ def prepare(config: StageConfig, again: bool) -> Path:
     write_text_atomic(checkpoints / IDENTITY, json.dumps(identity, indent=1))
     write_text_atomic(config.run_dir / "environment.json", json.dumps(code_version(), indent=1))
     path = config.run_dir / "config.yaml"
-    write_text_atomic(path, OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+    write_text_atomic(path, as_yaml(config))
     return path
 
 
