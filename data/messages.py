@@ -48,6 +48,14 @@ class Row:
         return sum(message["content"].count(IMAGE_TAG) for message in self.messages if message["role"] == "assistant")
 
 
+class RowError(UserError):
+    """A row that cannot be trained on. kind: the name that problems of its sort are counted under."""
+
+    def __init__(self, where: str, kind: str, problem: str) -> None:
+        super().__init__(f"{where}: {problem}")
+        self.kind, self.problem = kind, problem
+
+
 @dataclass
 class Summary:
     """What `check_rows` counted."""
@@ -90,8 +98,10 @@ def check_rows(path: str | os.PathLike[str], check_images: Literal["exists", "op
                 listed.add(directory)
                 known.update(os.path.join(directory, entry) for entry in _entries(directory))
             if os.path.join(directory, name) not in known:
-                raise UserError(
-                    f"{path}:{row.line}: picture {image} does not exist; paths are relative to the JSONL file"
+                raise RowError(
+                    f"{path}:{row.line}",
+                    "missing_picture",
+                    f"picture {image} does not exist; paths are relative to the JSONL file",
                 )
             if check_images == "open":
                 open_image(image)
@@ -115,48 +125,54 @@ def _known_key_like(key: str) -> str | None:
 
 
 def parse_row(text: str, path: Path, line: int) -> Row:
-    """One line of a JSONL file as a Row; UserError says what is wrong with it."""
+    """One line of a JSONL file as a Row; RowError says what is wrong with it."""
 
-    def refuse(problem: str) -> UserError:
-        return UserError(f"{path}:{line}: {problem}")
+    def refuse(kind: str, problem: str) -> RowError:
+        return RowError(f"{path}:{line}", kind, problem)
 
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise refuse(f"not JSON ({error}); each line is one JSON object") from error
+        raise refuse("json", f"not JSON ({error}); each line is one JSON object") from error
     if not isinstance(values, dict):
-        raise refuse(f"a {type(values).__name__} where a JSON object with images and messages is needed")
+        raise refuse("json", f"a {type(values).__name__} where a JSON object with images and messages is needed")
     for key in values.keys() - KEYS:
         meant = _known_key_like(key)
         if meant and meant not in values:  # `image_size` beside `images` is somebody's own key
-            raise refuse(f"unknown key '{key}'; did you mean '{meant}'?")
+            raise refuse("key", f"unknown key '{key}'; did you mean '{meant}'?")
     messages, images = values.get("messages"), values.get("images", [])
     if not isinstance(messages, list) or not messages:
-        raise refuse("no messages; give a list of {role, content}")
+        raise refuse("messages", "no messages; give a list of {role, content}")
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
-        raise refuse("images must be a list of file paths")
+        raise refuse("images", "images must be a list of file paths")
     if not isinstance(values.get("truth"), dict | None):
-        raise refuse(f"truth is a {type(values['truth']).__name__}; give an object or leave it out")
+        raise refuse("truth", f"truth is a {type(values['truth']).__name__}; give an object or leave it out")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise refuse("every message needs a role and a content of text")
+            raise refuse("messages", "every message needs a role and a content of text")
         if message.get("role") not in ROLES:
-            raise refuse(f"role {message.get('role')!r} is none of {', '.join(ROLES)}")
+            raise refuse("role", f"role {message.get('role')!r} is none of {', '.join(ROLES)}")
     turns = [message["role"] for message in messages if message["role"] != "system"]
     if "system" in [message["role"] for message in messages[1:]]:
-        raise refuse("a system message stands first or not at all")
+        raise refuse("order", "a system message stands first or not at all")
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
         raise refuse(
-            f"turns are {', '.join(turns) or 'missing'}; user and assistant must alternate and an assistant ends"
+            "order",
+            f"turns are {', '.join(turns) or 'missing'}; user and assistant must alternate and an assistant ends",
         )
     tags = {role: sum(m["content"].count(IMAGE_TAG) for m in messages if m["role"] == role) for role in ROLES}
     num_tags = sum(tags.values())
     if num_tags != len(images):
-        raise refuse(f"{len(images)} images for {num_tags} {IMAGE_TAG} tags; give one path per tag, in their order")
+        raise refuse(
+            "placeholders",
+            f"{len(images)} images for {num_tags} {IMAGE_TAG} tags; give one path per tag, in their order",
+        )
     if tags["system"]:
-        raise refuse(f"a system message holds {IMAGE_TAG}; pictures go into user and assistant messages")
+        raise refuse(
+            "placeholders", f"a system message holds {IMAGE_TAG}; pictures go into user and assistant messages"
+        )
     if not all(message["content"].strip() for message in messages if message["role"] == "assistant"):
-        raise refuse("an assistant message is empty; there is nothing to learn from it")
+        raise refuse("empty_reply", "an assistant message is empty; there is nothing to learn from it")
     return Row(
         id=str(values.get("id", line)),
         source=str(values.get("source", path.stem)),

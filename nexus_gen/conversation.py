@@ -14,13 +14,12 @@ from torch import Tensor
 from nexus_gen.autoregressive import IGNORE_INDEX
 from nexus_gen.compat import ensure_torchvision
 from nexus_gen.specs.geometry import MERGE_SIZE, TARGET_GRID
-from nexus_gen.specs.images import squash
+from nexus_gen.specs.images import context_size, squash
 from nexus_gen.specs.prompts import IMAGE_TAG
 
 ensure_torchvision()
 
 from transformers import Qwen2_5_VLProcessor  # noqa: E402
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # noqa: E402
 
 Messages = Sequence[dict[str, str]]
 
@@ -32,9 +31,8 @@ def target_size(processor: Qwen2_5_VLProcessor) -> int:
 
 def bound(image: Image.Image, processor: Qwen2_5_VLProcessor, max_pixels: int) -> Image.Image:
     """A context picture, resized as Qwen does: sides multiples of a merged patch, at most `max_pixels`, aspect kept."""
-    factor = MERGE_SIZE * processor.image_processor.patch_size
-    height, width = smart_resize(image.height, image.width, factor, min_pixels=4 * factor**2, max_pixels=max_pixels)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    size = context_size(image.width, image.height, processor.image_processor.patch_size, max_pixels)
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def patches(processor: Qwen2_5_VLProcessor, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:

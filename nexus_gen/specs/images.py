@@ -1,5 +1,6 @@
 """Opening and resizing pictures: one home for the geometry that embeddings and pixels share. PIL and NumPy only."""
 
+import math
 import os
 import warnings
 
@@ -7,6 +8,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.geometry import MERGE_SIZE
+
+MAX_ASPECT = 200  # Qwen's processor refuses pictures that are longer and narrower
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -55,6 +59,28 @@ def cover_crop(image: Image.Image, size: int) -> Image.Image:
 def squash(image: Image.Image, size: int) -> Image.Image:
     """Scale both sides to `size` (bicubic, PIL's default), whatever the aspect."""
     return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def context_size(width: int, height: int, patch_size: int, max_pixels: int) -> tuple[int, int]:
+    """(width, height) that the model looks at a picture in: sides multiples of a merged patch, aspect about kept.
+
+    At most max_pixels, unless a side is a single merged patch, and at least four merged patches. Raises ValueError for
+    a picture of which one side is more than 200 times the other.
+    Source: `smart_resize` of transformers' Qwen2-VL image processor, which a test holds it equal to.
+    """
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(
+            f"a picture of {width} x {height} is more than {MAX_ASPECT} times as long as it is wide; crop it"
+        )
+    unit = MERGE_SIZE * patch_size
+    sides = [round(side / unit) * unit for side in (width, height)]
+    if math.prod(sides) > max_pixels:
+        shrink = math.sqrt(width * height / max_pixels)
+        sides = [max(unit, math.floor(side / shrink / unit) * unit) for side in (width, height)]
+    elif math.prod(sides) < (smallest := 4 * unit**2):
+        grow = math.sqrt(smallest / (width * height))
+        sides = [math.ceil(side * grow / unit) * unit for side in (width, height)]
+    return sides[0], sides[1]
 
 
 def to_array(image: Image.Image) -> np.ndarray:

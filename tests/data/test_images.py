@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.images import cover_crop, open_image, squash, to_array
+from nexus_gen.specs.images import context_size, cover_crop, open_image, squash, to_array
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
@@ -76,3 +76,25 @@ def test_geometry() -> None:
     array = to_array(image)
     assert array.shape == (3, 100, 200)
     assert (array.min(), array.max()) == (-1, 1)
+
+
+@pytest.mark.parametrize(("patch_size", "max_pixels"), [(14, 262640), (14, 28 * 28 * 4), (6, 5184), (16, 10**6)])
+def test_context_pictures_get_the_size_that_qwen_gives_them(patch_size: int, max_pixels: int) -> None:
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    unit = 2 * patch_size
+    generator = np.random.default_rng(0)
+    sizes = [
+        (1, 1),
+        (200, 1),
+        (14, 2800),
+        (4000, 3000),
+        *np.exp(generator.uniform(0, 9, (2000, 2))).astype(int).tolist(),
+    ]
+    for width, height in sizes:
+        if max(width, height) > 200 * min(width, height):
+            with pytest.raises(ValueError, match="200 times"):
+                context_size(width, height, patch_size, max_pixels)
+        else:
+            theirs = smart_resize(height, width, unit, min_pixels=4 * unit**2, max_pixels=max_pixels)
+            assert context_size(width, height, patch_size, max_pixels) == theirs[::-1], (width, height)
