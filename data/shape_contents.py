@@ -15,6 +15,8 @@ TASKS = ("understanding", "generation", "editing")
 CAPTIONS = ("single_object", "two_objects", "counting", "colours", "position", "colour_attribution")  # as in GenEval
 # Cells of objects whose place a caption does not say, by their number.
 CANONICAL = {1: (4,), 2: (3, 5), 3: (3, 4, 5), 4: (0, 2, 6, 8), 5: (0, 2, 4, 6, 8), 6: (0, 2, 3, 5, 6, 8)}
+# Every cell but the middle one, where single objects of captions stand.
+AROUND = tuple(cell for cell in range(len(CELLS)) if cell != 4)
 # The cells of two objects, one to the left of (right of, above, below) the other.
 SIDES = {"left": (3, 5), "right": (5, 3), "above": (1, 7), "below": (7, 1)}
 NUMBERS = {"en": ("one", "two", "three", "four", "five", "six"), "zh": ("一", "两", "三", "四", "五", "六")}
@@ -81,6 +83,8 @@ EDITS: Templates = {
     },
 }
 
+CATEGORIES = {"understanding": tuple(QUESTIONS), "generation": CAPTIONS, "editing": tuple(EDITS)}
+
 Choice = TypeVar("Choice")
 
 
@@ -95,6 +99,7 @@ class ShapesConfig:
 
     num_train: int
     num_heldout: int
+    num_compositional: int
     image_size: int
     understanding: float
     generation: float
@@ -110,6 +115,7 @@ class ShapesConfig:
         for key, low, high in (
             ("num_train", 1, 10**7),
             ("num_heldout", 1, 10**7),
+            ("num_compositional", 0, 10**7),
             ("image_size", 32, 2048),
             ("max_objects", 2, max(CANONICAL)),
             ("num_colours", 3, len(COLOURS)),
@@ -131,6 +137,7 @@ class Content:
 
     category: the type of a question, the category of a caption, or the operation of an edit.
     answer: of a question; empty for the other tasks. scenes: of an edit, the source and the target.
+    absent: what the words name and no scene shows.
     """
 
     task: str
@@ -139,6 +146,13 @@ class Content:
     words: str
     answer: str
     scenes: tuple[Scene, ...]
+    absent: Thing | None = None
+
+    @property
+    def is_compositional(self) -> bool:
+        """Whether its pictures or words combine what is never combined in training."""
+        shown = any(is_new_pair(thing) or is_new_place(thing) for scene in self.scenes for thing in scene.things)
+        return shown or (self.absent is not None and is_new_pair(self.absent))
 
     @property
     def key(self) -> str:
@@ -148,6 +162,23 @@ class Content:
             for scene in self.scenes
         ]
         return json.dumps([self.task, scenes])
+
+
+def is_new_pair(thing: Thing) -> bool:
+    """Whether a colour and a shape meet in the compositional split only, in pictures and in words.
+
+    One colour for each shape, never its usual one, so every colour and every shape is met in other company.
+    """
+    return tuple(COLOURS).index(thing.colour) == SHAPES.index(thing.shape) + 1
+
+
+def is_new_place(thing: Thing) -> bool:
+    """Whether a thing of this colour and shape stands in this cell in the compositional split only.
+
+    One cell for each colour and shape, never the middle one. The factors spread the usual colours over the cells.
+    """
+    step = 3 * tuple(COLOURS).index(thing.colour) - 2 * SHAPES.index(thing.shape) + 2
+    return thing.cell == AROUND[step % len(AROUND)]
 
 
 def noun(thing: Thing, language: str, *facts: str) -> str:
@@ -208,9 +239,9 @@ class Imagination:
     def language(self) -> str:
         return "zh" if self.happens(self.config.chinese_fraction) else "en"
 
-    def content(self, task: str, language: str) -> Content:
+    def content(self, task: str, category: str, language: str) -> Content:
         make = {"understanding": self.question, "generation": self.caption, "editing": self.edit}[task]
-        return make(language)
+        return make(category, language)
 
     def scene(self, num_things: int) -> Scene:
         """Things in different cells; their shapes differ and their colours, as far as the palettes reach."""
@@ -234,14 +265,14 @@ class Imagination:
         most = min(self.config.max_objects - room, len(self.shapes), len(self.colours))
         return self.scene(self.number(least, most))
 
-    def question(self, language: str) -> Content:
-        kind = self.pick(tuple(QUESTIONS))
+    def question(self, kind: str, language: str) -> Content:
         if kind == "count":
             scene = self.scene(self.number(1, self.config.max_objects))
         else:
             scene = self.scene(2) if kind == "relation" else self.distinct()
         thing = self.pick(scene.things)
         words = {"shape": name(thing.shape, language), "colour": name(thing.colour, language)}
+        absent = None
         if kind in ("colour", "shape"):
             answer = words[kind]
         elif kind == "count":
@@ -258,24 +289,23 @@ class Imagination:
             if not there:  # all but right: the colour or the shape is in the picture
                 near = [replace(thing, shape=shape) for shape in self.shapes]
                 near += [replace(thing, colour=colour) for colour in self.colours]
-                thing = self.missing(near, scene)
+                thing = absent = self.missing(near, scene)
         words["thing"] = noun(thing, language)
         words["a_thing"] = a(words["thing"], language)
         question = self.pick(QUESTIONS[kind][language]).format(**words)
-        return Content("understanding", kind, language, question, answer, (scene,))
+        return Content("understanding", kind, language, question, answer, (scene,), absent)
 
     def missing(self, things: Sequence[Thing], scene: Scene) -> Thing:
         """One of the things that differs from all in the scene by shape or colour."""
         there = {(other.shape, other.colour) for other in scene.things}
         return self.pick([thing for thing in things if (thing.shape, thing.colour) not in there])
 
-    def caption(self, language: str) -> Content:
+    def caption(self, kind: str, language: str) -> Content:
         """A caption and the picture that it determines.
 
         What it leaves open is fixed: things are large, stand in CANONICAL cells, and have the usual colour of their
         shape. A mean-squared loss would teach the average of the choices otherwise.
         """
-        kind = self.pick(CAPTIONS)
         scene = self.scene(2)
         thing, other = (replace(thing, size="large") for thing in scene.things)
         things: tuple[Thing, ...]
@@ -317,8 +347,7 @@ class Imagination:
         """In the colour that its shape has where nothing is said."""
         return replace(thing, colour=self.colours[self.shapes.index(thing.shape) % len(self.colours)])
 
-    def edit(self, language: str) -> Content:
-        kind = self.pick(tuple(EDITS))
+    def edit(self, kind: str, language: str) -> Content:
         source = self.distinct(least=2 if kind == "remove" else 1, room=1 if kind == "add" else 0)
         index = self.number(0, len(source.things) - 1)
         thing = source.things[index]

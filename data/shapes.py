@@ -2,8 +2,10 @@
 
 nexus-gen data shapes OUT --num-train 10000 --image-size 252
 
-Deterministic in its seed. The hash of a content decides the split that it may enter, whatever the seed, so no
-held-out scene is trained on by its task in another wording or language. No torch here: launchers import it.
+Deterministic in its seed. A content decides the split that it may enter, whatever the seed. `compositional` takes all
+that combine a colour with a shape, or both with a place, as `data.shape_contents` reserves them: training shows each
+part, never the combination. Of the others the hash decides between `train` and `heldout`, so no held-out scene is
+trained on by its task in another wording or language. No torch here: launchers import it.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.scenes import draw
-from data.shape_contents import Content, Imagination, ShapesConfig
+from data.shape_contents import CATEGORIES, Content, Imagination, ShapesConfig
 from nexus_gen.specs.artifact import MANIFEST, Manifest, building, seal
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.prompts import (
@@ -32,12 +34,15 @@ from nexus_gen.specs.prompts import (
     UNDERSTANDING_PROMPT,
 )
 
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "heldout", "compositional")
+# Captions of single objects say no colour and no place, so they combine nothing.
+NO_NEW_COMBINATION = ("compositional", "single_object")
 HELDOUT_SHARE = 8  # one in so many contents may only be held out
 ROWS_PER_CHUNK = 64
 DEFAULTS = ShapesConfig(
     num_train=4000,
     num_heldout=200,
+    num_compositional=200,
     image_size=252,
     understanding=1.0,
     generation=1.0,
@@ -51,14 +56,17 @@ DEFAULTS = ShapesConfig(
 
 
 def split_of(content: Content) -> str:
+    if content.is_compositional:
+        return "compositional"
     return SPLITS[hashlib.sha256(content.key.encode()).digest()[0] % HELDOUT_SHARE == 0]
 
 
 def content_of(config: ShapesConfig, seed: int, split: str, index: int) -> Content:
-    """The index-th content of a split; task and language are drawn once, the rest until it belongs there."""
+    """The index-th content of a split; task, category and language are drawn once, the rest until it belongs there."""
     imagination = Imagination(config, np.random.default_rng((seed, SPLITS.index(split), index)))
     task, language = imagination.task(), imagination.language()
-    while split_of(content := imagination.content(task, language)) != split:
+    category = imagination.pick([kind for kind in CATEGORIES[task] if (split, kind) != NO_NEW_COMBINATION])
+    while split_of(content := imagination.content(task, category, language)) != split:
         pass
     return content
 
@@ -123,7 +131,9 @@ def mapping(num_workers: int) -> Iterator[Callable[..., Iterator[list[dict[str, 
 
 
 def draw_rows(directory: Path, config: ShapesConfig, seed: int, num_workers: int | None = None) -> dict[str, Any]:
-    """Write train.jsonl, heldout.jsonl and images/ into a directory; the bytes do not depend on num_workers.
+    """Write train.jsonl, heldout.jsonl, compositional.jsonl and images/ into a directory.
+
+    The bytes do not depend on num_workers.
 
     num_workers: processes, one for each core unless given. Returns the number of rows by split, task, category
     ("task/category") and language. Raises UserError for a config out of range.
@@ -132,7 +142,8 @@ def draw_rows(directory: Path, config: ShapesConfig, seed: int, num_workers: int
     (directory / "images").mkdir(parents=True, exist_ok=True)
     counts: dict[str, Counter[str]] = {key: Counter() for key in ("split", "task", "category", "language")}
     with mapping(num_workers or len(os.sched_getaffinity(0))) as map_chunks:
-        for split, num_rows in zip(SPLITS, (config.num_train, config.num_heldout), strict=True):
+        for split in SPLITS:
+            num_rows = getattr(config, f"num_{split}")
             chunks = [
                 Chunk(directory, config, seed, split, first, min(first + ROWS_PER_CHUNK, num_rows))
                 for first in range(0, num_rows, ROWS_PER_CHUNK)
@@ -152,7 +163,7 @@ def main(argv: list[str]) -> int:
     """`nexus-gen data shapes`; argv[0] is the command word."""
     parser = argparse.ArgumentParser(
         prog="nexus-gen data shapes",
-        description="Draw the dataset of coloured shapes into a directory: train.jsonl, heldout.jsonl, images/.",
+        description="Draw the dataset of coloured shapes into a directory: a JSONL file for each split, images/.",
     )
     parser.add_argument("out", type=Path, help="directory to make; a dataset that is there already is replaced")
     for key, value in dataclasses.asdict(DEFAULTS).items():

@@ -32,6 +32,7 @@ STEPS = 6
 SMALLEST = (
     "shapes.num_train=48",
     "shapes.num_heldout=12",
+    "shapes.num_compositional=12",
     "standins.vae_steps=20",
     "standins.num_images=24",
     f"trainer.max_steps={STEPS}",

@@ -1,6 +1,7 @@
 """The procedural dataset: reproducible bytes, truth that its pictures show, and splits that share no scene."""
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -13,8 +14,17 @@ from omegaconf import OmegaConf
 
 from data import shapes
 from data.messages import check_rows, read_rows
-from data.scenes import CELLS, COLOURS, GROUNDS, SHAPES, Scene, Thing, draw
-from data.shape_contents import CAPTIONS, EDITS, NUMBERS, QUESTIONS, ShapesConfig
+from data.scenes import CELLS, CHINESE, COLOURS, GROUNDS, SHAPES, Scene, Thing, draw
+from data.shape_contents import (
+    CAPTIONS,
+    EDITS,
+    NUMBERS,
+    QUESTIONS,
+    Imagination,
+    ShapesConfig,
+    is_new_pair,
+    is_new_place,
+)
 from nexus_gen.specs.artifact import verify
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import open_image
@@ -22,6 +32,7 @@ from nexus_gen.specs.images import open_image
 CONFIG = ShapesConfig(
     num_train=700,
     num_heldout=150,
+    num_compositional=150,
     image_size=64,
     understanding=1.0,
     generation=1.0,
@@ -32,7 +43,7 @@ CONFIG = ShapesConfig(
     textured_fraction=0.3,
     chinese_fraction=0.4,
 )
-SMALL = dataclasses.replace(CONFIG, num_train=90, num_heldout=10)
+SMALL = dataclasses.replace(CONFIG, num_train=90, num_heldout=10, num_compositional=10)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +81,7 @@ def test_rows_are_messages_of_the_task_that_their_truth_names(dataset):
     for split in shapes.SPLITS:
         tasks += check_rows(directory / f"{split}.jsonl", check_images="open").tasks
     assert tasks == counts["task"]
-    assert counts["split"] == {"train": CONFIG.num_train, "heldout": CONFIG.num_heldout}
+    assert counts["split"] == {split: getattr(CONFIG, f"num_{split}") for split in shapes.SPLITS}
     for row in rows_of(directory):
         assert row.task == row.truth["task"]
         assert len(row.images) == len(row.truth["scenes"])
@@ -84,7 +95,8 @@ def test_every_category_appears_in_both_languages_and_splits(dataset):
     truths = [row.truth for row in rows_of(directory)]
     for facet in ("split", "language"):
         seen = {(truth["task"], truth["category"], truth[facet]) for truth in truths}
-        assert seen == {(*kind, value) for kind in kinds for value in counts[facet]}
+        expected = {(*kind, value) for kind in kinds for value in counts[facet]}
+        assert seen == expected - {("generation", "single_object", "compositional")}
     chinese = counts["language"]["zh"] / len(truths)
     assert abs(chinese - CONFIG.chinese_fraction) < 0.08
 
@@ -135,7 +147,49 @@ def test_splits_share_no_scene_of_a_task(dataset):
         scenes[truth["split"]].add(json.dumps([truth["task"], ordered]))
         assert row.id.startswith(truth["split"])
     assert all(scenes.values())
-    assert not scenes["train"] & scenes["heldout"]
+    for one, other in itertools.combinations(shapes.SPLITS, 2):
+        assert not scenes[one] & scenes[other]
+
+
+def combinations(row: Any) -> set[tuple[str, ...]]:
+    """(colour, shape) and (colour, shape, position) of the objects of a row's pictures."""
+    things = [thing for scene in row.truth["scenes"] for thing in scene["objects"]]
+    return {(thing["colour"], thing["shape"]) for thing in things} | {
+        (thing["colour"], thing["shape"], thing["position"]) for thing in things
+    }
+
+
+def test_every_compositional_row_combines_what_training_never_does(dataset):
+    rows = list(rows_of(dataset[0]))
+    seen = set().union(*(combinations(row) for row in rows if row.truth["split"] != "compositional"))
+    things = [Thing(shape, colour, "large", cell) for shape in SHAPES for colour in COLOURS for cell in range(9)]
+    new = {(thing.colour, thing.shape) for thing in things if is_new_pair(thing)}
+    new |= {(thing.colour, thing.shape, CELLS[thing.cell]) for thing in things if is_new_place(thing)}
+    assert not seen & new
+    # Whatever is reserved, its parts are trained on.
+    assert {shape for _, shape, *_ in seen} == set(SHAPES) and {colour for colour, *_ in seen} == set(COLOURS)
+    pairs = [pair for pair in new if len(pair) == 2]
+    assert sorted(shape for _, shape in pairs) == sorted(SHAPES)
+    for row in rows:
+        named = any(spoken in row.messages[0]["content"] for pair in pairs for spoken in spellings(*pair))
+        if row.truth["split"] == "compositional":
+            assert combinations(row) & new or named, row.id
+        else:
+            assert not named, row.id
+
+
+def spellings(colour: str, shape: str) -> tuple[str, str]:
+    """A colour and a shape as the words of a row name them."""
+    return f"{colour} {shape}", CHINESE[colour] + CHINESE[shape]
+
+
+def test_the_usual_colours_of_shapes_are_trained_on():
+    for num_colours in range(3, len(COLOURS) + 1):
+        config = dataclasses.replace(CONFIG, num_colours=num_colours)
+        imagination = Imagination(config, np.random.default_rng(0))
+        for shape in SHAPES:
+            thing = imagination.usual(Thing(shape, "red", "large", 4))
+            assert not is_new_pair(thing) and not is_new_place(thing)
 
 
 def english(dataset: tuple[Path, Any], task: str, category: str) -> list[tuple[str, str, list[Any], list[Any]]]:
@@ -215,10 +269,10 @@ def test_edits_change_what_they_name_and_nothing_else(dataset):
 
 
 def test_smallest_settings_draw_every_task(tmp_path):
-    least = ShapesConfig(60, 20, 32, 1.0, 1.0, 1.0, 2, 3, 3, 0.0, 0.0)
+    least = ShapesConfig(60, 20, 20, 32, 1.0, 1.0, 1.0, 2, 3, 3, 0.0, 0.0)
     counts = shapes.draw_rows(tmp_path, least, seed=0, num_workers=1)
     assert len(counts["category"]) == len(QUESTIONS) + len(CAPTIONS) + len(EDITS)
-    assert counts["language"] == {"en": 80}
+    assert counts["language"] == {"en": 100}
 
 
 def test_a_task_without_a_share_is_not_drawn(tmp_path):
@@ -232,6 +286,7 @@ def test_a_task_without_a_share_is_not_drawn(tmp_path):
     [
         ("num_train", 0),
         ("num_heldout", 0),
+        ("num_compositional", -1),
         ("image_size", 8),
         ("max_objects", 7),
         ("num_colours", 9),
@@ -255,7 +310,7 @@ def test_the_stage_config_fits_the_schema():
     config.check()
 
 
-COMMAND = ["--num-train", "20", "--num-heldout", "5", "--image-size", "32", "--seed", "3"]
+COMMAND = ["--num-train", "20", "--num-heldout", "5", "--num-compositional", "4", "--image-size", "32", "--seed", "3"]
 
 
 def test_command_writes_an_artifact_and_replaces_it(tmp_path, capsys):
@@ -263,7 +318,7 @@ def test_command_writes_an_artifact_and_replaces_it(tmp_path, capsys):
     assert shapes.main(["shapes", str(out), *COMMAND]) == 0
     manifest = verify(out)
     assert (manifest.kind, manifest.stage, manifest.config["seed"]) == ("messages", "shapes", 3)
-    assert manifest.details["split"] == {"train": 20, "heldout": 5}
+    assert manifest.details["split"] == {"train": 20, "heldout": 5, "compositional": 4}
     assert "20 train" in capsys.readouterr().out
     assert shapes.main(["shapes", str(out), *COMMAND, "--num-train", "4"]) == 0
     assert check_rows(out / "train.jsonl", check_images="open").rows == 4
