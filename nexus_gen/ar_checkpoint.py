@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration
-from nexus_gen.compat import ensure_torchvision
+from nexus_gen.compat import ensure_torchvision, quiet_loading
 from nexus_gen.specs.artifact import building, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import MERGE_SIZE, LanguageGeometry, VisionGeometry
@@ -155,16 +155,17 @@ def load_autoregressive(
     directory = Path(path)
     config = _load_config(directory)
     _check_shards(directory)
-    loaded: Any = NexusGenForConditionalGeneration.from_pretrained(
-        directory,
-        config=config,
-        dtype=dtype,
-        device_map={"": device},
-        use_safetensors=True,
-        local_files_only=True,
-        ignore_mismatched_sizes=True,  # reported below, by name, instead of raised with a traceback
-        output_loading_info=True,
-    )
+    with quiet_loading():
+        loaded: Any = NexusGenForConditionalGeneration.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below, by name, instead of raised with a traceback
+            output_loading_info=True,
+        )
     model, info = loaded
     missing = set(info["missing_keys"])
     if missing >= set(ADDED_KEYS):

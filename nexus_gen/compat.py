@@ -1,4 +1,6 @@
-"""Make torchvision importable beside a CPU build of torch; call before anything imports torchvision.
+"""What libraries need before they serve: a torchvision that imports beside a CPU build of torch, and less noise.
+
+Call `ensure_torchvision` before anything imports torchvision.
 
 The registry's torchvision is linked against CUDA. Where its library does not load, its import fails on
 `operator torchvision::nms does not exist`; with the two schemas defined, transforms, models and datasets work.
@@ -6,8 +8,11 @@ The registry's torchvision is linked against CUDA. Where its library does not lo
 """
 
 import importlib.util
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,3 +40,29 @@ def ensure_torchvision() -> None:
             library = torch.library.Library("torchvision", "FRAGMENT")
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             _libraries.append(library)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Inside, transformers says nothing while it loads a checkpoint whose loading info the caller checks.
+
+    Its report calls the two tensors that a plain Qwen2.5-VL lacks a problem, and where nobody watches its progress
+    bars fill the log; on a terminal they stay.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    def severe(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    # A filter, because the loader says more, of tensor parallelism, when its logger's level is raised.
+    loader = logging.getLogger("transformers.modeling_utils")
+    loader.addFilter(severe)
+    bars = transformers_logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        loader.removeFilter(severe)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from nexus_gen.compat import ensure_torchvision
+from nexus_gen.compat import ensure_torchvision, quiet_loading
 from nexus_gen.specs.errors import UserError
 
 ensure_torchvision()
@@ -71,9 +71,10 @@ def load_encoder(
     """A text encoder sized by the directory's config.json; UserError when a weight is missing or misshapen."""
     require_directory(directory)
     try:
-        loaded: Any = kind.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        with quiet_loading():
+            loaded: Any = kind.from_pretrained(
+                directory, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"{directory} does not hold a whole {kind.__name__}: {first_line(error)}") from error
     model, info = loaded
