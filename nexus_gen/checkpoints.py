@@ -49,9 +49,8 @@ class Source:
         tail = rest[:1] if self.as_matrix else rest
         return [(height * rows // sum(self.rows), *tail) for rows in self.rows]
 
-    def read(self, files: TensorFiles, shape: Iterable[int]) -> Tensor:
+    def join(self, parts: list[Tensor], shape: Iterable[int]) -> Tensor:
         """Our tensor out of the file's."""
-        parts = [files[key] for key in self.keys]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         return (swap_halves(tensor) if self.swap_halves else tensor).reshape(tuple(shape))
 
@@ -60,7 +59,7 @@ class Source:
         shapes = self.shapes(tensor.shape)
         tensor = swap_halves(tensor) if self.swap_halves else tensor
         parts = tensor.split([shape[0] for shape in shapes])
-        return {key: owned(part.reshape(shape)) for key, part, shape in zip(self.keys, parts, shapes, strict=True)}
+        return {key: part.reshape(shape) for key, part, shape in zip(self.keys, parts, shapes, strict=True)}
 
 
 Sources = dict[str, Source]  # by our key
@@ -69,12 +68,6 @@ Sources = dict[str, Source]  # by our key
 def swap_halves(tensor: Tensor) -> Tensor:
     """(scale, shift) along dim 0 -> (shift, scale), and back."""
     return torch.cat(tensor.chunk(2)[::-1])
-
-
-def owned(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous and in storage of its own: a file would otherwise hold all that a view looks into."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 # ---- FLUX's transformer -------------------------------------------------------------------------------------------
@@ -350,8 +343,8 @@ def load_strictly(
         for name, shape in zip(source.keys, source.shapes(wanted[key].shape), strict=True):
             if name not in available:
                 missing.append(name)
-            elif files.shape(name) != shape:
-                misshapen.append(f"{name} is {files.shape(name)} where {shape} is configured")
+            elif files.header(name).shape != shape:
+                misshapen.append(f"{name} is {files.header(name).shape} where {shape} is configured")
     unexpected = sorted(available.difference(*(source.keys for source in sources.values())))
     if missing or unexpected or misshapen:
         problems = [
@@ -363,10 +356,15 @@ def load_strictly(
             f"{files.path} does not fit the configured {type(module).__name__}: {', '.join(problems)}; "
             "give the file that belongs to this geometry"
         )
-    state = {
-        key: source.read(files, wanted[key].shape).to(wanted[key].dtype if dtype is None else dtype)
-        for key, source in sources.items()
-    }
+    state = {}
+    for key, source in sources.items():
+        parts = []
+        for name in source.keys:
+            parts.append(files[name].to(wanted[key].dtype if dtype is None else dtype))
+            files.release(name, parts[-1])
+        state[key] = source.join(parts, wanted[key].shape)
+        for name in source.keys:
+            files.release(name, state[key])
     module.load_state_dict(state, strict=True, assign=True)
 
 

@@ -1,95 +1,116 @@
 """Files of named tensors: read lazily and without running anything they contain, written whole or not at all."""
 
-import json
+import ctypes
+import mmap
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.tensor_headers import TensorHeader, header_bytes, read_headers
 
-INDEX_SUFFIX = ".safetensors.index.json"
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorFiles(Mapping[str, Tensor]):
     """The tensors of a `.safetensors` or `.bin` file, or of a directory with one safetensors file or with an index.
 
-    Headers apart, nothing is read before it is asked for; `.bin` files are memory-mapped and may hold tensors only.
+    Headers apart, nothing is read before it is asked for: files are memory-mapped, privately, so that writing to a
+    tensor leaves its file alone; `.bin` files may hold tensors only.
     Raises UserError for a path that is missing, truncated or holds anything else.
     """
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
         self.path = Path(path)
         self.device = torch.device(device)
-        self._handles: dict[Path, Any] = {}
-        self._loaded: dict[str, Tensor] = {}
-        self._file_of: dict[str, Path] = {}
-        if self.path.is_dir():
-            self._list_directory()
-        elif not self.path.is_file():
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._mapped: dict[str, Tensor] = {}
+        self._headers: dict[str, tuple[Path, TensorHeader]] = {}
+        if not self.path.exists():
             raise UserError(f"{self.path} does not exist; give the path of a .safetensors or .bin file")
-        elif self.path.suffix == ".safetensors":
-            self._file_of = dict.fromkeys(self._open(self.path).keys(), self.path)
+        if self.path.is_dir() or self.path.suffix == ".safetensors":
+            self._headers = read_headers(self.path)
         elif self.path.suffix == ".bin":
-            self._loaded = load_bin(self.path)
+            self._mapped = load_bin(self.path)
         else:
             raise UserError(f"{self.path} is neither a .safetensors nor a .bin file")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._loaded or self._file_of)
+        return iter(self._headers or self._mapped)
 
     def __len__(self) -> int:
-        return len(self._loaded or self._file_of)
+        return len(self._headers or self._mapped)
 
     def __getitem__(self, key: str) -> Tensor:
-        """One tensor on `device`, in the file's dtype."""
-        if key in self._loaded:
-            return self._loaded[key].to(self.device)
-        return self._open(self._file_of[key]).get_tensor(key)
+        """One tensor on `device`, in the file's dtype; on the CPU it is the file's own memory."""
+        return self._map(key).to(self.device)
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """The shape of one tensor, read from the header."""
-        if key in self._loaded:
-            return tuple(self._loaded[key].shape)
-        path = self._file_of[key]
-        try:
-            return tuple(self._open(path).get_slice(key).get_shape())
-        except SafetensorError as error:
-            raise UserError(f"{path} lacks {key}, which its index lists; download the file again") from error
+    def header(self, key: str) -> TensorHeader:
+        """Shape and dtype of one tensor, without reading it."""
+        if key in self._headers:
+            return self._headers[key][1]
+        return header_of(self._mapped[key])
 
-    def _open(self, path: Path) -> Any:
-        if path not in self._handles:
-            try:
-                self._handles[path] = safe_open(path, framework="pt", device=str(self.device))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
-        return self._handles[path]
+    def release(self, key: str, made: Tensor) -> None:
+        """Give back the memory that reading a tensor took, unless `made`, what was made of it, is that memory."""
+        mapped = (self._mapped[key] if key in self._mapped else self._bytes(key)).untyped_storage()
+        if made.device.type != "cpu" or made.untyped_storage().data_ptr() != mapped.data_ptr():
+            drop_pages(mapped)
 
-    def _list_directory(self) -> None:
-        indices = sorted(self.path.glob(f"*{INDEX_SUFFIX}"))
-        singles = sorted(self.path.glob("*.safetensors"))
-        if not indices:
-            if len(singles) != 1:
-                raise UserError(
-                    f"{self.path} holds {len(singles)} .safetensors files and no index where one file or a "
-                    f"*{INDEX_SUFFIX} is needed"
-                )
-            self._file_of = dict.fromkeys(self._open(singles[0]).keys(), singles[0])
-            return
-        try:
-            weight_map = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
-            self._file_of = {key: self.path / name for key, name in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{indices[0]} is not a readable index ({error!r}); download it again") from error
-        for path in sorted(set(self._file_of.values())):
-            if not path.is_file():
-                raise UserError(f"{path} is listed in {indices[0].name} but does not exist; download it again")
+    def _map(self, key: str) -> Tensor:
+        if key in self._mapped:
+            return self._mapped[key]
+        header = self._headers[key][1]
+        dtype, raw = DTYPES[header.dtype], self._bytes(key)
+        # Files by other writers may begin a tensor anywhere; ours begin it at a multiple of 8.
+        aligned = raw if header.start % dtype.itemsize == 0 else raw.clone()
+        return aligned.view(dtype).reshape(header.shape)
+
+    def _bytes(self, key: str) -> Tensor:
+        """A tensor's bytes in the mapped file, as a storage of its own."""
+        path, header = self._headers[key]
+        if not header.numel:
+            return torch.empty(0, dtype=torch.uint8)
+        if path not in self._maps:
+            with path.open("rb") as file:
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(self._maps[path], dtype=torch.uint8, count=header.num_bytes, offset=header.start)
+
+
+def header_of(tensor: Tensor) -> TensorHeader:
+    return TensorHeader(NAMES[tensor.dtype], tuple(tensor.shape))
+
+
+def drop_pages(mapped: torch.UntypedStorage) -> None:
+    """Take the whole pages of a mapped file out of this process's memory; the file keeps them.
+
+    Without it a copy to a device or into another dtype leaves the source resident: twice the memory.
+    """
+    begin = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (mapped.data_ptr() + mapped.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end and hasattr(mmap, "MADV_DONTNEED"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 def load_bin(path: Path) -> dict[str, Tensor]:
@@ -102,7 +123,10 @@ def load_bin(path: Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a whole torch file, as torch.save writes since 1.6; fetch it again") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        for key, tensor in tensors.items()
+    ):
         raise UserError(f"{path} does not map names to tensors; export the decoder again")
     return tensors
 
@@ -116,9 +140,25 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix == ".bin":
-            torch.save(dict(tensors), aside)
+            torch.save({key: owned(tensor) for key, tensor in tensors.items()}, aside)
         else:
-            save_file(dict(tensors), aside, metadata={"format": "pt"})  # transformers and diffusers ask for the format
+            write_safetensors(aside, {key: header_of(tensor) for key, tensor in tensors.items()}, tensors.items())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_safetensors(path: Path, headers: Mapping[str, TensorHeader], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a file tensor by tensor, so that no more than one is in host memory. `tensors` come in `headers`' order."""
+    with path.open("wb") as file:
+        file.write(header_bytes(headers))
+        for (name, header), (given, tensor) in zip(headers.items(), tensors, strict=True):
+            assert given == name and header_of(tensor) == header, f"{given} comes where {name} {header} was announced"
+            if header.numel:
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def owned(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous and in storage of its own: torch.save would otherwise write all that a view looks into."""
+    tensor = tensor.detach().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

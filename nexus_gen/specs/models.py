@@ -6,6 +6,7 @@ from typing import Any
 
 from nexus_gen.specs.artifact import MANIFEST, Manifest
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.geometry import LanguageGeometry, VisionGeometry
 
 RELEASED_MAX_PIXELS = 262640  # of a context picture, as the released model was trained
 DECODER_KINDS = ("generation_decoder", "editing_decoder")
@@ -40,6 +41,17 @@ RELEASED: dict[str, dict[str, Any]] = {
     }
     for kind, cfg_scale in zip(DECODER_KINDS, (3.0, 1.0), strict=True)
 }
+# Nexus-GenV2 and Qwen2.5-VL-7B-Instruct; files carry their own in config.json.
+RELEASED_VISION = VisionGeometry(
+    patch_size=14,
+    hidden_size=1280,
+    intermediate_size=3420,
+    depth=32,
+    num_heads=16,
+    window_size=112,
+    fullatt_block_indexes=[7, 15, 23, 31],
+)
+RELEASED_LANGUAGE = LanguageGeometry(vocab_size=152064, num_layers=28, **RELEASED["editing_decoder"]["projector"])
 
 
 @dataclass(frozen=True)

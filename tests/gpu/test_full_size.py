@@ -1,0 +1,53 @@
+"""The full-size run on a GPU, its parts at tiny size anywhere, and what loading costs in host memory."""
+
+import json
+from pathlib import Path
+
+import full_size
+import pytest
+import torch
+
+from nexus_gen.checkpoints import flux_sources, load_flux
+from nexus_gen.flux import FluxTransformer
+from nexus_gen.specs.geometry import FluxGeometry
+from nexus_gen.specs.tensor_headers import TensorHeader
+from nexus_gen.tensor_files import write_safetensors
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+
+
+def test_every_part_at_tiny_size(tmp_path: Path) -> None:
+    assert full_size.main(["--size", "tiny", "--out", str(tmp_path), "--scratch", str(tmp_path / "scratch")]) == 0
+    facts = json.loads((tmp_path / "full_size.json").read_text())
+    assert set(full_size.PARTS) < set(facts)
+    assert not list((tmp_path / "scratch").iterdir()), "checkpoints are deleted"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_part_at_full_size(tmp_path: Path) -> None:
+    assert full_size.main(["--out", str(tmp_path), "--scratch", str(tmp_path / "scratch")]) == 0
+
+
+@pytest.mark.parametrize(("dtype", "layout"), [("BF16", "bfl"), ("BF16", "diffusers"), ("F32", "diffusers")])
+def test_loading_takes_the_memory_of_the_weights_once(tmp_path: Path, dtype: str, layout: str) -> None:
+    geometry = FluxGeometry(768, 6, 4, 8, 256, 64, [16, 56, 56], 16, 2)
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in FluxTransformer(geometry).state_dict().items()}
+    headers = {
+        name: TensorHeader(dtype, shape)
+        for key, source in flux_sources(shapes, layout).items()
+        for name, shape in zip(source.keys, source.shapes(shapes[key]), strict=True)
+    }
+    path = tmp_path / "flux.safetensors"
+    zeros = ((name, torch.zeros(header.shape, dtype=DTYPES[dtype])) for name, header in headers.items())
+    write_safetensors(path, headers, zeros)
+    full_size.collect()
+    peak = full_size.HostPeak()
+    model = load_flux(path, geometry, torch.bfloat16)
+    for parameter in model.parameters():  # a mapped file is in memory only when it is read
+        assert not parameter.detach().view(torch.uint8).flatten()[::1024].any()
+    size = sum(parameter.nbytes for parameter in model.parameters()) / full_size.GB
+    assert size > 0.2
+    ratio = peak.stop()["host_resident_gb"] / size
+    assert ratio < 1.15  # measured worst: 1.08, and 3.1 where pages of the file are kept
