@@ -9,32 +9,22 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, get_worker_info
 
-from data.messages import Row, parse_row
+from data.messages import Row, parse_record
+from data.records import open_records
 from nexus_gen.specs.errors import UserError
 
 
 class MessageFile:
-    """Random access to the rows of a JSONL file; only the places of its lines stay in memory."""
+    """Random access to the rows of a dataset file."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        places = []
-        with open(self.path, "rb") as file:
-            offset = 0
-            for line, content in enumerate(file, start=1):
-                if content.strip():
-                    places.append((offset, line))
-                offset += len(content)
-        self._places = np.array(places, dtype=np.int64)
+        self._records = open_records(path)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> Row:
-        offset, line = self._places[index].tolist()
-        with open(self.path, "rb") as file:  # a file of its own: loader processes would share one file's position
-            file.seek(offset)
-            return parse_row(file.readline().decode("utf-8"), self.path, line)
+        return parse_record(self._records[index])
 
 
 class MessageStream(Dataset[dict[str, Any]]):
@@ -86,6 +76,6 @@ class MessageStream(Dataset[dict[str, Any]]):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         row = self._rows[self.row_index(index)]
         try:
-            return self._encode({"messages": row.messages, "images": [str(image) for image in row.images]})
+            return self._encode({"messages": row.messages, "images": row.images})
         except (ValueError, UserError) as error:
-            raise UserError(f"{self._rows.path}:{row.line}: {error}") from error
+            raise UserError(f"{row.where}: {error}") from error

@@ -26,14 +26,14 @@ class StandinsStage(Stage[StandinsStageConfig]):
 
     def fill(self, directory: Path) -> dict[str, Any]:
         rows = list(read_rows(Path(self.config.data.train)))
-        words = [message["content"] for row in rows for message in row.messages]
-        paths = sorted({path for row in rows for path in row.images})[: self.config.standins.num_images]
+        words = [text for row in rows for choice in row.choices for texts in choice.values() for text in texts]
+        pictures = sorted({image for row in rows for image in row.images}, key=str)[: self.config.standins.num_images]
         size = self.config.model.image_size
         return build_standins(
             directory,
             self.config.model,
             self.config.standins,
             corpus=words,
-            images=[cover_crop(open_image(path), size) for path in paths],
+            images=[cover_crop(open_image(picture), size) for picture in pictures],
             seed=self.config.seed,
         )

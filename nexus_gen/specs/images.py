@@ -1,11 +1,14 @@
 """Opening and resizing pictures: one home for the geometry that embeddings and pixels share. PIL and NumPy only."""
 
+import io
 import math
 import os
 import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import MERGE_SIZE
@@ -13,41 +16,102 @@ from nexus_gen.specs.geometry import MERGE_SIZE
 MAX_ASPECT = 200  # Qwen's processor refuses pictures that are longer and narrower
 
 
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
+# What may be opened. Left out are formats that PIL hands to other programs (EPS) or that are no pictures for people.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "ICO")
+# `open_image` compares sizes itself: filters that it set around each call would race between threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """The bytes of a picture's file, held by the row that it came with. name: what errors call it."""
+
+    name: str
+    data: bytes = field(repr=False)
+
+    def read(self) -> bytes:
+        return self.data
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class ImageMember:
+    """A picture's file inside an uncompressed tar; its bytes are read when it is opened."""
+
+    name: str
+    tar: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with open(self.tar, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+StoredImage = Path | EncodedImage | ImageMember  # what rows hold
+
+
+def read_image_bytes(source: StoredImage) -> bytes:
+    """The file's bytes as they are stored, for hashing; UserError when they cannot be read."""
+    try:
+        return source.read_bytes() if isinstance(source, Path) else source.read()
+    except OSError as error:
+        raise UserError(f"picture {source} cannot be read ({error.strerror}); check the path") from error
+
+
+def open_image(source: str | os.PathLike[str] | EncodedImage | ImageMember) -> Image.Image:
     """An RGB picture: EXIF rotation applied, transparency over white, 16 bits scaled, the first frame of an animation.
 
     Raises UserError naming the file when it is missing, no picture, cut short, or a decompression bomb.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.seek(0)
-                image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
+        file = io.BytesIO(source.read()) if isinstance(source, EncodedImage | ImageMember) else source
+        Image.init()  # does its work once; `formats` may only name what is loaded
+        with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit and image.width * image.height > limit:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {limit}")
+            image.seek(0)
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
-        raise UserError(f"picture {path} does not exist; check the path") from error
-    # PIL's AVIF reader raises RuntimeError for damaged files.
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
-        raise UserError(f"picture {path} cannot be read ({error}); replace it or drop its row") from error
+        raise UserError(f"picture {source} does not exist; check the path") from error
+    except Exception as error:  # decoders raise whatever their parsing ran into: struct.error, RuntimeError, KeyError
+        raise UserError(f"picture {source} cannot be read ({_reason(error)}); replace it or drop its row") from error
+
+
+def _reason(error: Exception) -> str:
+    """One line; PIL's own sentence holds the address of a buffer where the picture came as bytes."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"it is none of {', '.join(FORMATS)}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB; transparent parts show white."""
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+    """Any mode to RGB; transparent parts show white. Raises ValueError for floating-point pixels: none is white."""
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
         values = np.asarray(image, dtype=np.float32) / 65535
         return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed white; save it with 8 or 16 bits")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
+    if image.mode == "CMYK" and (profile := image.info.get("icc_profile")):
+        try:  # inks look as their profile says; without one PIL's plain formula has to do
+            printed = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(image, printed, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError):
+            return image.convert("RGB")
+        assert converted is not None  # only in-place conversion returns nothing
+        return converted
     return image.convert("RGB")
 
 

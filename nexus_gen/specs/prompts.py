@@ -18,3 +18,8 @@ GENERATION_REPLY = {
 EDITING_PROMPT = "<image> {}"
 EDITING_REPLY = {"en": "Here is the image: <image>", "zh": "以下为编辑后的图像：<image>"}
 UNDERSTANDING_PROMPT = "<image>\n{}"
+
+
+def language_of(text: str) -> str:
+    """`zh` for text with Chinese characters, else `en`."""
+    return "zh" if any("\u4e00" <= character <= "\u9fff" for character in text) else "en"
