@@ -115,7 +115,7 @@ def detect(values: Values) -> str:
     messages = values.get("messages")
     if messages is None:
         return next((name for key, name in DETECTED_BY.items() if key in values), "messages")
-    if isinstance(messages, list) and any(_has_parts(message) for message in messages):
+    if isinstance(messages, list) and any(_is_openai(message) for message in messages):
         return "openai"
     return "messages"
 
@@ -152,11 +152,13 @@ def _role(name: Any) -> Any:
     return SPEAKERS.get(name, name) if isinstance(name, str) else name
 
 
-def _has_parts(message: Any) -> bool:
-    """OpenAI's parts are objects; a list of texts is one of our choices."""
-    if not isinstance(message, dict) or not isinstance(content := message.get("content"), list):
-        return isinstance(message, dict) and message.get("role") == "developer"
-    return any(isinstance(part, dict) for part in content)
+def _is_openai(message: Any) -> bool:
+    """Of OpenAI's making; parts are objects, where a list of texts is one of our choices."""
+    if not isinstance(message, dict):
+        return False
+    content = message.get("content")
+    has_parts = isinstance(content, list) and any(isinstance(part, dict) for part in content)
+    return has_parts or message.get("role") == "developer" or "tool_calls" in message
 
 
 def _part(part: Any, images: list[Any]) -> str:

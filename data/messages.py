@@ -26,7 +26,7 @@ from data.converters import AUTO, ConversionError, convert
 from data.records import Record, read_records
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import EncodedImage, StoredImage, open_image
-from nexus_gen.specs.prompts import IMAGE_TAG, language_of
+from nexus_gen.specs.prompts import CONTROL_TOKENS, IMAGE_TAG, language_of
 
 ROLES = ("system", "user", "assistant")
 KEYS = frozenset(("id", "source", "images", "messages", "truth"))
@@ -209,6 +209,8 @@ def parse_record(record: Record, row_format: str = AUTO) -> Row:
         tags[role] += counts.pop()
         if not all(_is_unicode(text) for text in texts):
             raise refuse("encoding", "a message holds half of a surrogate pair, which is no character; write it again")
+        if token := next((token for text in texts if "<|" in text for token in CONTROL_TOKENS if token in text), None):
+            raise refuse("markup", f"a message holds {token}, which the chat template writes itself; take it out")
         if role == "user" and not all(text.strip() for text in texts):
             raise refuse("empty_prompt", "a user message is empty; say what the reply answers")
         if role == "assistant" and not all(text.strip() for text in texts):

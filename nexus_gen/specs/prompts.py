@@ -6,6 +6,14 @@ Source: the message rows and the inference code published with Nexus-Gen.
 
 IMAGE_TAG = "<image>"
 LANGUAGES = ("en", "zh")
+# What Qwen's chat template puts around turns and pictures: in the words of a message it would end or begin them.
+CONTROL_TOKENS = tuple(
+    f"<|{name}|>"
+    for name in (
+        *("im_start", "im_end", "endoftext"),
+        *("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"),
+    )
+)
 
 GENERATION_PROMPT = {
     "en": "Generate an image according to the following description: {}",
