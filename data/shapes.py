@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,13 +121,14 @@ def draw_row(chunk: Chunk, index: int) -> dict[str, Any]:
 
 
 @contextmanager
-def mapping(num_workers: int) -> Iterator[Callable[..., Iterator[list[dict[str, Any]]]]]:
+def mapping(num_workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
     """A `map` in order over worker processes, or in this one."""
     if num_workers == 1:
         yield map
         return
     # Forked: a fresh interpreter would import for longer than a chunk takes, and workers use no torch.
-    with get_context("fork").Pool(num_workers) as pool:
+    # An interrupt of the terminal reaches them too; this process alone answers it.
+    with get_context("fork").Pool(num_workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         yield pool.imap
 
 

@@ -13,6 +13,7 @@ from nexus_gen.specs.errors import UserError, nearest
 COMMANDS = {
     "run": ("launch.run", "run one stage (stage=...) or a pipeline of stages (pipeline=...)"),
     "data shapes": ("data.shapes", "draw the procedural dataset of coloured shapes"),
+    "data check": ("data.doctor", "find what would break training in message datasets, before it starts"),
     "understand": ("nexus_gen.commands", "answer a question about a picture"),
     "generate": ("nexus_gen.commands", "paint a picture from a prompt"),
     "edit": ("nexus_gen.commands", "repaint a picture by an instruction"),

@@ -4,11 +4,13 @@ import io
 import math
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import MERGE_SIZE
@@ -70,6 +72,22 @@ def open_image(source: str | os.PathLike[str] | EncodedImage | ImageMember) -> I
 
     Raises UserError naming the file when it is missing, no picture, cut short, or a decompression bomb.
     """
+    with _opened(source) as image:
+        image.seek(0)
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def open_size(source: str | os.PathLike[str] | EncodedImage | ImageMember) -> tuple[int, int]:
+    """(width, height) that `open_image` would give, read from the header alone; UserError as there."""
+    with _opened(source) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (image.height, image.width) if turned else image.size
+
+
+@contextmanager
+def _opened(source: str | os.PathLike[str] | EncodedImage | ImageMember) -> Iterator[Image.Image]:
+    """A picture with its header read; whatever goes wrong with it inside the `with` becomes a UserError."""
     try:
         file = io.BytesIO(source.read()) if isinstance(source, EncodedImage | ImageMember) else source
         Image.init()  # does its work once; `formats` may only name what is loaded
@@ -77,9 +95,7 @@ def open_image(source: str | os.PathLike[str] | EncodedImage | ImageMember) -> I
             limit = Image.MAX_IMAGE_PIXELS
             if limit and image.width * image.height > limit:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {limit}")
-            image.seek(0)
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            yield image
     except FileNotFoundError as error:
         raise UserError(f"picture {source} does not exist; check the path") from error
     except Exception as error:  # decoders raise whatever their parsing ran into: struct.error, RuntimeError, KeyError

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.images import context_size, cover_crop, open_image, squash, to_array
+from nexus_gen.specs.images import context_size, cover_crop, open_image, open_size, squash, to_array
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
@@ -28,7 +28,8 @@ def test_transparency_shows_white_and_orientation_is_applied(tmp_path: Path) -> 
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (4, 6)
+    assert open_image(tmp_path / "turned.jpg").size == open_size(tmp_path / "turned.jpg") == (4, 6)
+    assert open_size(tmp_path / "clear.png") == (4, 4)
 
 
 def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:

@@ -30,13 +30,19 @@ def nexus_gen(*arguments: str, cwd: Path | None = None, **environment: str) -> s
 def test_help_lists_every_command() -> None:
     shown = nexus_gen("--help")
     assert shown.returncode == 0
-    for command in ("run", "data shapes", "understand", "generate", "edit", "report"):
+    for command in ("run", "data shapes", "data check", "understand", "generate", "edit", "report"):
         assert f"  {command} " in shown.stdout
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["generate", "--help"], ["run", "stage=pretrain", "trainer.max_step=1"]],
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["data", "check", "--help"],
+        ["generate", "--help"],
+        ["run", "stage=pretrain", "trainer.max_step=1"],
+    ],
 )
 def test_help_and_config_errors_import_no_torch(arguments: list[str]) -> None:
     code = (
@@ -84,7 +90,7 @@ def test_mistakes_give_one_sentence(arguments: list[str], sentence: str, tmp_pat
     ("line", "completions"),
     [
         ("nexus-gen ge", ["generate "]),
-        ("nexus-gen data ", ["shapes "]),
+        ("nexus-gen data ", ["check ", "shapes "]),
         ("nexus-gen run sta", ["stage="]),
         ("nexus-gen run stage=edi", ["stage=editing_decoder "]),
         ("nexus-gen run stage=pretrain trainer.max", ["trainer.max_steps="]),
