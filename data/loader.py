@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.shards import index_shard, read_sample
+from data.shards import index_shard, read_sample, require_global_batch
 from nexus_gen.specs.artifact import Manifest
 from nexus_gen.specs.errors import UserError
 
@@ -85,11 +85,7 @@ class ShardLoader:
         self.seed, self.num_workers = seed, num_workers
         self.global_batch_size = micro_batch_size * accumulation * world_size
         self.steps_per_epoch = len(self.dataset) // self.global_batch_size
-        if self.steps_per_epoch == 0:
-            raise UserError(
-                f"{artifact} holds {len(self.dataset)} {split} samples, fewer than one global batch of "
-                f"{self.global_batch_size}; lower trainer.global_batch_size or embed more rows"
-            )
+        require_global_batch(artifact, split, len(self.dataset), self.global_batch_size)
         self.batches_done = 0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:

@@ -51,6 +51,15 @@ class ShardSpec:
         return self
 
 
+def require_global_batch(where: str | os.PathLike[str], split: str, num_samples: int, global_batch_size: int) -> None:
+    """UserError when a split is too small to fill one step of training."""
+    if num_samples < global_batch_size:
+        raise UserError(
+            f"{where} holds {num_samples} {split} samples, fewer than one global batch of {global_batch_size}; "
+            "lower trainer.global_batch_size or embed more rows"
+        )
+
+
 def write_shard(path: Path, samples: Iterable[Sample]) -> int:
     """Write one tar aside and rename it; the bytes depend on the samples alone. Returns the number of samples."""
     from safetensors.torch import save

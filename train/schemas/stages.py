@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from data.messages import check_rows
 from data.shapes import ShapesConfig
-from data.shards import ShardSpec
+from data.shards import ShardSpec, require_global_batch
 from nexus_gen.specs.artifact import Manifest
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import (
@@ -313,6 +313,8 @@ class DecoderConfig(StageConfig):
             num_reference_tokens=self.num_reference_tokens,
             latent_shape=[self.model.vae.latent_channels, side, side],
         )
+        num_samples = sum(shard["samples"] for shard in manifest.details["splits"]["train"])
+        require_global_batch(self.shards, "train", num_samples, self.trainer.global_batch_size)
 
 
 @dataclass
