@@ -11,8 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nexus_gen.specs.errors import UserError, nearest
-from train.schemas.common import PATH
-from train.schemas.fields import keys, typed, walk
+from train.schemas.fields import keys, path_values, typed
 from train.schemas.stages import SCHEMAS, StageConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -95,14 +94,8 @@ def keep(values: dict[str, Any], valid: set[str], prefix: str = "") -> dict[str,
 
 def absolute(stage: str, values: dict[str, Any]) -> dict[str, Any]:
     """Paths of the command line are relative to where it was typed; workers may start elsewhere."""
-    paths = [key for key, marks in walk(SCHEMAS[stage]) if PATH in marks]
-    for key in paths:
-        *sections, leaf = key.split(".")
-        section = values
-        for name in sections:
-            section = section.get(name, {})
-        if section.get(leaf) and section[leaf] != "???":
-            section[leaf] = str(Path(section[leaf]).expanduser().absolute())
+    for section, leaf in path_values(stage, values):
+        section[leaf] = str(Path(section[leaf]).expanduser().absolute())
     return values
 
 

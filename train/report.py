@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from PIL import Image
 
 from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from train.metrics import read_metrics
+from train.schemas.run_directory import load_config
 from train.schemas.stages import SCHEMAS
 
 log = logging.getLogger(__name__)
@@ -139,10 +139,12 @@ def main(argv: list[str]) -> int:
     missing = [name for name in LOSSES if not (run / name / "artifact" / MANIFEST).is_file()]
     if missing:
         raise UserError(f"{run} has not finished {', '.join(missing)}; nexus-gen run pipeline=... goes on from there")
-    config = yaml.safe_load((run / "pretrain" / "config.yaml").read_text(encoding="utf-8"))
-    heldout = Path(config["data"]["heldout"])
-    if not heldout.is_file():
-        raise UserError(f"{heldout}, the held-out rows of {run}, does not exist any more; put it back there")
+    configs = [load_config(run / stage) for stage in LOSSES]
+    for config in configs:
+        for role, where in config.inputs().items():
+            if role not in ("data.train", "shards") and not where.exists():  # what only training reads
+                raise UserError(f"{role} of {run / config.stage}, {where}, does not exist any more; put it back there")
+    heldout = configs[0].inputs()["data.heldout"]
     from train.report_samples import draw_samples  # loads torch: only once the arguments hold
 
     output = arguments.output or run / "report.html"

@@ -14,8 +14,8 @@ from nexus_gen.specs.images import open_image
 from nexus_gen.specs.models import ModelPaths
 from nexus_gen.specs.prompts import GENERATION_PROMPT, IMAGE_TAG
 from train.decoder_stages import build_initial_decoder
+from train.schemas.run_directory import load_config
 from train.schemas.stages import DecoderConfig, PretrainConfig
-from train.worker import load_config
 
 MAX_ANSWER_TOKENS = 24
 
@@ -59,9 +59,9 @@ class Samples:
 
 def models(run: Path, decoder: str, device: str) -> tuple[NexusGen, NexusGen]:
     """(untrained, trained): the same classes, with the weights that the stages started from and ended with."""
-    trained = NexusGen(ModelPaths.find(run, decoder=decoder), device)
-    pretrain = cast(PretrainConfig, load_config(str(run / "pretrain" / "config.yaml")))
-    decoder_config = cast(DecoderConfig, load_config(str(run / decoder / "config.yaml")))
+    pretrain = cast(PretrainConfig, load_config(run / "pretrain"))
+    decoder_config = cast(DecoderConfig, load_config(run / decoder))
+    trained = NexusGen(ModelPaths.find(run, decoder=decoder, flux=Path(decoder_config.model.flux)), device)
     untrained = NexusGen(trained.paths, device)
     untrained.autoregressive = load_autoregressive(
         pretrain.model.qwen, dtype=untrained.dtype, device=untrained.device, init_seed=pretrain.seed

@@ -12,6 +12,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from nexus_gen.specs.artifact import MANIFEST, Manifest, digest, hash_file
 from nexus_gen.specs.errors import UserError, nearest
+from train.schemas.common import PATH
 from train.schemas.stages import SCHEMAS, StageConfig
 
 _SAMPLED_BYTES = 1 << 20  # of large files, the two ends and the size stand for the whole
@@ -32,6 +33,18 @@ def walk(schema: type, prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]
 def keys(stage: str) -> set[str]:
     """Every dotted key of a stage's config."""
     return {key for key, _ in walk(SCHEMAS[stage])}
+
+
+def path_values(stage: str, values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """(section, key) of every path that a stage's plain values give; empty and missing ones are left out."""
+    for key, marks in walk(SCHEMAS[stage]):
+        if PATH in marks:
+            *sections, leaf = key.split(".")
+            section = values
+            for name in sections:
+                section = section.get(name, {})
+            if section.get(leaf) and section[leaf] != "???":
+                yield section, leaf
 
 
 def typed(stage: str, values: dict[str, Any]) -> StageConfig:
