@@ -1,6 +1,7 @@
 """Command lines that start the processes of one stage: on this machine, on several, through Slurm."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import psutil
 
+from launch.lock import SUFFIX, Lock
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
 from train.schemas.common import LaunchConfig
+from train.schemas.failures import STOPPED, first_failure
 
 SHUTDOWN_TIMEOUT_S = 900  # a scheduler's SIGTERM goes through torchrun; a full-size checkpoint takes minutes
 
@@ -32,7 +35,7 @@ def worker_command(launch: LaunchConfig, config_path: Path, rendezvous: str | No
     return [
         sys.executable,
         "-m",
-        "torch.distributed.run",
+        "train.torchrun",
         *meeting,
         f"--nproc-per-node={launch.processes_per_node}",
         "-m",
@@ -61,6 +64,7 @@ def slurm_script(launch: LaunchConfig, config_path: Path) -> str:
     hours, minutes = divmod(launch.timeout_minutes, 60)
     exports = [f"export {name}={value}" for name, value in worker_environment(launch).items()]
     command = worker_command(launch, config_path, rendezvous='"$head":29500')
+    lock = shlex.quote(f"{config_path.parent}/log/slurm{SUFFIX}")
     return "\n".join(
         [
             "#!/usr/bin/env bash",
@@ -72,6 +76,11 @@ def slurm_script(launch: LaunchConfig, config_path: Path) -> str:
             f"#SBATCH --output={config_path.parent}/log/slurm-%j.log",
             *([f"#SBATCH --partition={launch.partition}"] if launch.partition else []),
             "set -euo pipefail",
+            # The submitting command holds a lock of its own, which the job may outlive.
+            f"exec 9<>{lock}",
+            'flock --nonblock 9 || { echo "error: another job works in this directory" >&2; exit 1; }',
+            f": >{lock}",
+            """printf '{"host": "Slurm job %s", "pids": []}' "$SLURM_JOB_ID" >&9""",
             *exports,
             'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
             f"srun {' '.join(command)}",
@@ -80,33 +89,53 @@ def slurm_script(launch: LaunchConfig, config_path: Path) -> str:
     )
 
 
-def start(launch: LaunchConfig, config_path: Path) -> int:
-    """Run the processes of a stage and wait for them; returns their exit status.
+def start(launch: LaunchConfig, config_path: Path, lock: Lock) -> int:
+    """Run the processes of a stage and wait for them; returns their exit status, STOPPED after a signal.
 
-    An interrupt or SIGTERM of this process reaches the workers as SIGTERM: they write a checkpoint and end.
+    An interrupt, a SIGTERM or a hang-up of the terminal reaches the workers as SIGTERM: they write a checkpoint and
+    end. torchrun has the lock open too: it stays taken until the workers are gone, also when this process is killed.
     """
     if launch.kind == "slurm":
-        script = config_path.parent / "job.sh"
-        write_text_atomic(script, slurm_script(launch, config_path))
-        try:
-            return subprocess.run(["sbatch", "--wait", str(script)], check=False).returncode
-        except FileNotFoundError as error:
-            raise UserError(
-                "launch=slurm needs sbatch on this machine; submit from a login node, or use launch=local"
-            ) from error
+        return submit(launch, config_path)
     # A group of its own: the terminal's Ctrl-C would otherwise reach torchrun and every worker at the same time.
     process = subprocess.Popen(
-        worker_command(launch, config_path), env={**os.environ, **worker_environment(launch)}, start_new_session=True
+        worker_command(launch, config_path),
+        env={**os.environ, **worker_environment(launch)},
+        start_new_session=True,
+        pass_fds=[lock.file],
     )
 
     def forward(number: int, _frame: object) -> None:
         # The workers, not torchrun: that would kill them 30 s later, before a large checkpoint is written.
-        for worker in psutil.Process(process.pid).children():
-            worker.terminate()
+        torchrun = psutil.Process(process.pid)
+        for receiver in torchrun.children() or [torchrun]:
+            receiver.terminate()
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup means it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, forward) for number in numbers}
+    lock.name_holders(os.getpid(), process.pid)
     try:
-        return process.wait()
+        status = process.wait()
+        return STOPPED if status == -signal.SIGTERM else status
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def submit(launch: LaunchConfig, config_path: Path) -> int:
+    """Submit a stage to Slurm and wait for the job; tells why it failed, which its processes wrote into its log."""
+    script = config_path.parent / "job.sh"
+    write_text_atomic(script, slurm_script(launch, config_path))
+    try:
+        status = subprocess.run(["sbatch", "--wait", str(script)], check=False).returncode
+    except FileNotFoundError as error:
+        raise UserError(
+            "launch=slurm needs sbatch on this machine; submit from a login node, or use launch=local"
+        ) from error
+    failure = first_failure(config_path.parent / "log") if status else None
+    if failure is None:
+        return min(status, 1)
+    print(failure, file=sys.stderr)
+    return failure.status

@@ -14,11 +14,20 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from launch.compose import CONFIGS, Override, compose_stage
+from launch.lock import locked
 from launch.processes import slurm_script, start, worker_command, worker_environment
-from nexus_gen.specs.artifact import MANIFEST
 from nexus_gen.specs.errors import UserError, nearest
+from train.schemas.failures import STOPPED
 from train.schemas.fields import as_yaml, keys
-from train.schemas.run_directory import prepare, unchanged
+from train.schemas.run_directory import (
+    created_at,
+    forget_request,
+    identity,
+    made_by,
+    prepare,
+    read_request,
+    request_another,
+)
 from train.schemas.stages import SCHEMAS, StageConfig
 
 GROUPS_OF_ALL = ("model", "data", "launch", "logger", "experiment")
@@ -35,7 +44,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"stages: {stages}\npipelines: {pipelines}\n\n"
         "Overrides are key=value (trainer.max_steps=100) or group=file (launch=slurm). In a pipeline a key goes to\n"
-        "every stage that reads it; STAGE.key=value goes to one. from=STAGE runs that stage again and goes on.",
+        "every stage that reads it; STAGE.key=value goes to one.\n\n"
+        "A stage whose config and inputs are those of its artifact is skipped. from=STAGE makes that stage's artifact\n"
+        "again and goes on with the stages behind it. After an interruption the same command goes on where it was,\n"
+        "with from=... and without it; resume=false starts over.\n\n"
+        "Exit status: 0 done, 1 failed, 2 a mistake told in one sentence, 3 stopped by a signal after saving.",
     )
     result.add_argument("overrides", nargs="*", metavar="key=value", help="stage=..., pipeline=..., and values")
     result.add_argument("--cfg", action="store_true", help="print the resolved config and stop")
@@ -67,14 +80,20 @@ def main(argv: list[str]) -> int:
         for config in configs:
             print(describe(config))
         return 0
-    again = chosen.get("from")
+    wanted = chosen.get("from")
     names = [config.stage for config in configs]
-    if again is not None and again not in names:
-        raise UserError(f"from={again} is not a stage of pipeline={chosen['pipeline']}{nearest(again, names)}")
-    for config in configs[names.index(again) if again else 0 :]:
-        status = run_stage(config, again=config.stage == again)
+    if wanted is not None and wanted not in names:
+        raise UserError(f"from={wanted} is not a stage of pipeline={chosen['pipeline']}{nearest(wanted, names)}")
+    run = configs[0].run_dir.parent
+    goes_on = wanted is not None and read_request(run).get("stage") == wanted and configs[0].resume
+    if goes_on:
+        print(f"from={wanted} was interrupted before: it goes on; resume=false starts it over", flush=True)
+    for config in configs[names.index(wanted) if wanted else 0 :]:
+        status = run_stage(config, again=config.stage == wanted and not goes_on)
         if status:
             return status
+    if "pipeline" in chosen:
+        forget_request(run)
     return 0
 
 
@@ -139,38 +158,32 @@ def describe(config: StageConfig) -> str:
     return "\n".join(lines)
 
 
-def manifest_time(config: StageConfig) -> int:
-    """When the stage's artifact was written; 0 when there is none."""
-    manifest = config.artifact_dir / MANIFEST
-    return manifest.stat().st_mtime_ns if manifest.is_file() else 0
-
-
 def run_stage(config: StageConfig, again: bool) -> int:
-    """Preflight, record the config, start the processes."""
+    """Preflight, record the config, start the processes. again: also where nothing changed."""
     config.preflight()
-    if not again and unchanged(config):
+    wanted = identity(config)
+    if not again and made_by(config, wanted):
         print(f"{config.stage}: unchanged, skipped ({config.artifact_dir})", flush=True)
         return 0
-    config_path = prepare(config, again)
-    print(f"{config.stage}: {config.launch.world_size} process(es), config {config_path}", flush=True)
-    before = manifest_time(config)
-    began = time.monotonic()
-    status = start(config.launch, config_path)
-    took = time.monotonic() - began
-    with open(config.run_dir / "timing.jsonl", "a", encoding="utf-8") as file:
-        file.write(
-            json.dumps({"seconds": round(took, 1), "processes": config.launch.world_size, "status": status}) + "\n"
-        )
-    if status:
-        where = config.run_dir / "log"
-        print(
-            f"error: stage={config.stage} stopped with status {status} after {took:.0f} s; see {where}", file=sys.stderr
-        )
-        return status
-    if manifest_time(config) == before:
-        print(
-            f"{config.stage}: stopped after {took:.0f} s; the same command goes on from its checkpoint", file=sys.stderr
-        )
+    with locked(config.run_dir, among_others=config.launch.kind == "torchrun") as lock:
+        if again:
+            request_another(config)
+        config_path = prepare(config, wanted)
+        print(f"{config.stage}: {config.launch.world_size} process(es), config {config_path}", flush=True)
+        before = created_at(config)
+        began = time.monotonic()
+        status = start(config.launch, config_path, lock)
+        took = time.monotonic() - began
+        with open(config.run_dir / "timing.jsonl", "a", encoding="utf-8") as file:
+            facts = {"seconds": round(took, 1), "processes": config.launch.world_size, "status": status}
+            file.write(json.dumps(facts) + "\n")
+    if status == STOPPED or (status == 0 and created_at(config) == before):
+        print(f"{config.stage}: stopped after {took:.0f} s; the same command goes on from there", file=sys.stderr)
         return 3
+    if status == 2:  # a mistake that the user can mend, told in its one sentence
+        return 2
+    if status:
+        print(f"error: stage={config.stage} failed after {took:.0f} s; see {config.run_dir / 'log'}", file=sys.stderr)
+        return 1
     print(f"{config.stage}: done in {took:.0f} s -> {config.artifact_dir}", flush=True)
     return 0

@@ -100,6 +100,13 @@ def weights(stage: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
+def wait_for(event: Callable[[], bool], command: psutil.Popen, output: Path) -> None:
+    """Wait until something has happened, while a command that writes to `output` runs."""
+    while not event():
+        assert command.poll() is None, f"it ended too early:\n{output.read_text()[-6000:]}"
+        time.sleep(0.005)
+
+
 def interrupt(arguments: list[str], when: Callable[[], bool], number: signal.Signals, output: Path) -> int:
     """Start a command, signal it as soon as `when` holds, and wait; returns its exit status.
 
@@ -107,9 +114,7 @@ def interrupt(arguments: list[str], when: Callable[[], bool], number: signal.Sig
     """
     with open(output, "w", encoding="utf-8") as file:
         command = psutil.Popen([NEXUS_GEN, *arguments], stdout=file, stderr=subprocess.STDOUT)
-        while not when():
-            assert command.poll() is None, f"it ended before it could be interrupted:\n{output.read_text()[-6000:]}"
-            time.sleep(0.005)
+        wait_for(when, command, output)
         if number == signal.SIGKILL:
             processes = [command, *command.children(recursive=True)]
             for process in processes:

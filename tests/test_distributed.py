@@ -88,7 +88,7 @@ def test_a_stage_killed_after_its_last_step_only_writes_its_artifact(
     assert verify(run / stage / "artifact").fingerprint == verify(tiny_run / stage / "artifact").fingerprint
 
 
-@pytest.mark.parametrize(("stage", "number"), [("pretrain", signal.SIGTERM), ("generation_decoder", signal.SIGINT)])
+@pytest.mark.parametrize(("stage", "number"), [("pretrain", signal.SIGHUP), ("generation_decoder", signal.SIGINT)])
 def test_a_signalled_stage_saves_and_stops(stage: str, number: signal.Signals, tiny_run: Path, tmp_path: Path) -> None:
     run = copy_run(tiny_run, tmp_path / "run", stage)
     endless = ["trainer.max_steps=1000000", "trainer.log_every_steps=1", "trainer.checkpoint_every_steps=0"]

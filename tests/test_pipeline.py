@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import signal
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +12,19 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
-from runs import SMALLEST, STAGES, STEPS, TRAINED, copy_run, losses, nexus_gen, run_arguments, stage_arguments, succeed
+from runs import (
+    SMALLEST,
+    STAGES,
+    STEPS,
+    TRAINED,
+    copy_run,
+    interrupt,
+    losses,
+    nexus_gen,
+    run_arguments,
+    stage_arguments,
+    succeed,
+)
 
 from nexus_gen.specs.artifact import Manifest, verify
 from nexus_gen.specs.errors import UserError
@@ -63,12 +76,19 @@ def test_a_changed_value_runs_its_stage_and_what_reads_from_it(changed_run: Path
     assert skipped == ["shapes", "standins", "pretrain", "embed_generation", "embed_editing"]
 
 
-def test_from_runs_that_stage_again(changed_run: Path) -> None:
-    before = Manifest.load(changed_run / "editing_decoder" / "artifact")
-    assert run_again(changed_run, "from=editing_decoder") == (["editing_decoder"], [])
-    after = Manifest.load(changed_run / "editing_decoder" / "artifact")
+def test_from_makes_an_artifact_again_also_after_an_interruption(changed_run: Path, tmp_path: Path) -> None:
+    stage = changed_run / "editing_decoder"
+    before = Manifest.load(stage / "artifact")
+    (stage / "environment.json").unlink()  # it is written when the stage starts
+    arguments = run_arguments(changed_run, "pipeline=tiny", *SMALLEST, "from=editing_decoder")
+    started = (stage / "environment.json").is_file
+    interrupt(arguments, started, signal.SIGKILL, tmp_path / "output")
+    assert Manifest.load(stage / "artifact").created_at == before.created_at
+    assert run_again(changed_run) == (["editing_decoder"], list(STAGES[:-1]))
+    after = Manifest.load(stage / "artifact")
     assert after.created_at > before.created_at
     assert after.fingerprint == before.fingerprint
+    assert run_again(changed_run) == ([], list(STAGES))
 
 
 def test_shards_of_the_other_decoder_are_refused(tiny_run: Path, tmp_path: Path) -> None:
@@ -80,6 +100,19 @@ def test_shards_of_the_other_decoder_are_refused(tiny_run: Path, tmp_path: Path)
         f"error: the shards in {shards} have num_reference_tokens 0 where this stage needs 324; "
         "give the shards of the embedding stage that belongs to it"
     ]
+
+
+def test_fewer_samples_than_a_global_batch_are_refused(tiny_run: Path, tmp_path: Path) -> None:
+    run = copy_run(tiny_run, tmp_path / "run", "generation_decoder")
+    ended = nexus_gen(*stage_arguments(run, "generation_decoder", "trainer.global_batch_size=512"))
+    assert ended.returncode == 2
+    shards = run / "embed_generation" / "artifact"
+    num_samples = sum(shard["samples"] for shard in Manifest.load(shards).details["splits"]["train"])
+    assert ended.stderr.strip().splitlines() == [
+        f"error: {shards} holds {num_samples} train samples, fewer than one global batch of 512; "
+        "lower trainer.global_batch_size or embed more rows"
+    ]
+    assert not (run / "generation_decoder").exists()
 
 
 def test_a_flipped_bit_is_found(tiny_run: Path, tmp_path: Path) -> None:
@@ -108,9 +141,12 @@ class Page(HTMLParser):
         self.fetched += [value for name, value in attrs if name in names and value]
 
 
-def test_the_report_is_one_page_with_everything_in_it(tiny_run: Path, tmp_path: Path) -> None:
+def test_the_report_of_a_moved_run_is_one_page_with_everything_in_it(tiny_run: Path, tmp_path: Path) -> None:
+    moved = copy_run(tiny_run, tmp_path / "moved")
+    for config in moved.glob("*/config.yaml"):  # as if nothing were left where the run was made
+        config.write_text(config.read_text(encoding="utf-8").replace(str(tiny_run.parent), "/nowhere"))
     output = tmp_path / "report.html"
-    assert str(output) in succeed("report", tiny_run, "--output", output, "--num-samples", "1", "--device", "cpu")
+    assert str(output) in succeed("report", moved, "--output", output, "--num-samples", "1", "--device", "cpu")
     text = output.read_text(encoding="utf-8")
     page = Page(text)
     # Fragments are the curves' own: matplotlib draws markers and letters once and refers to them.

@@ -14,7 +14,7 @@ import torch
 import torch.distributed
 
 from nexus_gen.specs.artifact import Manifest, building, seal
-from train.schemas.fields import fingerprint_values, input_fingerprints
+from train.schemas.run_directory import checkpoints_identity
 from train.schemas.stages import StageConfig
 
 log = logging.getLogger(__name__)
@@ -59,8 +59,7 @@ class Stage(ABC, Generic[Config]):
                 manifest = Manifest(
                     kind=self.config.kind,
                     stage=self.config.stage,
-                    config=fingerprint_values(self.config),
-                    inputs=input_fingerprints(self.config),
+                    **checkpoints_identity(self.config),
                     code=json.loads((self.run_dir / "environment.json").read_text(encoding="utf-8")),
                     details=details,
                 )

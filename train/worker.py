@@ -1,16 +1,16 @@
-"""One process of one stage: `python -m train.worker runs/<name>/<stage>/config.yaml`, started by torchrun."""
+"""One process of one stage: `python -m train.worker runs/<name>/<stage>/config.yaml`, started by train.torchrun."""
 
 import importlib
 import logging
 import os
+import signal
 import sys
 import time
+from pathlib import Path
 
-import yaml
-
-from nexus_gen.specs.errors import UserError
-from train.schemas.fields import typed
-from train.schemas.stages import StageConfig
+from train.schemas.failures import note_failure
+from train.schemas.run_directory import load_config
+from train.torchrun import end_with_parent
 
 # stage -> class; imported when it runs, so that a stage loads only its own engine
 STAGES = {
@@ -24,20 +24,9 @@ STAGES = {
 }
 
 
-def load_config(path: str) -> StageConfig:
-    with open(path, encoding="utf-8") as file:
-        values = yaml.safe_load(file)
-    return typed(values["stage"], values)
-
-
-def main(argv: list[str]) -> int:
-    rank = int(os.environ.get("RANK", 0))
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format=f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-    )
-    config = load_config(argv[0])
+def run(stage_dir: Path, rank: int) -> None:
+    """Run the stage whose resolved config is in its directory of a run."""
+    config = load_config(stage_dir)
     # The first import of torchvision must find it mended, whichever library asks for it.
     from nexus_gen.compat import ensure_torchvision
 
@@ -50,17 +39,30 @@ def main(argv: list[str]) -> int:
     stage = getattr(importlib.import_module(module), name)(config)
     seed_everything(config.seed)
     began = time.monotonic()
-    try:
-        finished = stage.run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    finished = stage.run()
     if rank == 0:
         logging.getLogger(__name__).info(
             "%s %s after %.0f s", config.stage, "finished" if finished else "stopped", time.monotonic() - began
         )
-    return 0
+
+
+def main(argv: list[str]) -> None:
+    end_with_parent(signal.SIGKILL)  # torchrun, when it is killed, leaves its workers to themselves
+    rank = int(os.environ.get("RANK", 0))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    stage_dir = Path(argv[0]).parent
+    try:
+        run(stage_dir, rank)
+    except Exception as error:
+        note_failure(stage_dir / "log", rank, error)
+        logging.shutdown()
+        # Not sys.exit: what libraries do at exit waits for the other ranks, who wait for this one.
+        os._exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

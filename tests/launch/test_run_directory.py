@@ -7,8 +7,8 @@ import pytest
 from launch.compose import Override, compose_stage
 from nexus_gen.specs.artifact import Manifest, seal
 from nexus_gen.specs.errors import UserError
-from train.schemas.fields import fingerprint_values, input_fingerprints
-from train.schemas.run_directory import prepare, unchanged
+from train.schemas import run_directory
+from train.schemas.run_directory import identity, load_config, made_by, request_another
 from train.schemas.stages import StageConfig
 
 
@@ -18,9 +18,17 @@ def stage(runs: Path, *overrides: str) -> StageConfig:
     return compose_stage([Override.parse(text) for text in texts])
 
 
+def prepare(config: StageConfig) -> Path:
+    return run_directory.prepare(config, identity(config))
+
+
+def unchanged(config: StageConfig) -> bool:
+    return made_by(config, identity(config))
+
+
 def attempt(config: StageConfig) -> Path:
     """Start the stage and leave a checkpoint behind; returns its path."""
-    prepare(config, again=False)
+    prepare(config)
     checkpoint = config.run_dir / "checkpoints" / "step_1"
     checkpoint.touch()
     return checkpoint
@@ -28,8 +36,7 @@ def attempt(config: StageConfig) -> Path:
 
 def finish(config: StageConfig) -> None:
     config.artifact_dir.mkdir(exist_ok=True)
-    inputs = input_fingerprints(config)
-    seal(config.artifact_dir, Manifest(config.kind, config.stage, fingerprint_values(config), inputs, code={}))
+    seal(config.artifact_dir, Manifest(config.kind, config.stage, **identity(config), code={}))
 
 
 @pytest.fixture
@@ -40,9 +47,9 @@ def runs(tmp_path: Path) -> Path:
 
 def test_checkpoints_of_an_unfinished_try_are_kept(runs: Path) -> None:
     checkpoint = attempt(stage(runs))
-    prepare(stage(runs), again=False)
+    prepare(stage(runs))
     assert checkpoint.exists()
-    prepare(stage(runs, "resume=false"), again=False)
+    prepare(stage(runs, "resume=false"))
     assert not checkpoint.exists()
 
 
@@ -50,7 +57,7 @@ def test_checkpoints_of_a_finished_try_are_dropped(runs: Path) -> None:
     checkpoint = attempt(stage(runs))
     finish(stage(runs))
     assert unchanged(stage(runs))
-    prepare(stage(runs, "seed=1"), again=False)
+    prepare(stage(runs, "seed=1"))
     assert not checkpoint.exists()
 
 
@@ -60,11 +67,45 @@ def test_an_unfinished_try_on_changed_inputs_is_kept_beside_the_artifact_of_the_
     (runs / "rows.jsonl").write_text("two\n")
     assert not unchanged(stage(runs))
     checkpoint = attempt(stage(runs))
-    prepare(stage(runs), again=False)
+    prepare(stage(runs))
     assert checkpoint.exists()
 
 
 def test_an_unfinished_try_with_other_values_is_not_gone_on_from(runs: Path) -> None:
     attempt(stage(runs))
     with pytest.raises(UserError, match=r"belong to an unfinished try with another seed; .* resume=false"):
-        prepare(stage(runs, "seed=1"), again=False)
+        prepare(stage(runs, "seed=1"))
+
+
+def test_a_requested_try_is_gone_on_from_until_its_artifact_is_there(runs: Path) -> None:
+    finished = attempt(stage(runs))
+    finish(stage(runs))
+    request_another(stage(runs))
+    assert not unchanged(stage(runs)) and not finished.exists()
+    checkpoint = attempt(stage(runs))
+    prepare(stage(runs))
+    assert checkpoint.exists()
+    finish(stage(runs))
+    assert unchanged(stage(runs))
+    prepare(stage(runs, "seed=1"))
+    assert not checkpoint.exists()
+
+
+def test_a_request_keeps_the_checkpoints_of_an_unfinished_try(runs: Path) -> None:
+    checkpoint = attempt(stage(runs))
+    request_another(stage(runs))
+    prepare(stage(runs))
+    assert checkpoint.exists()
+
+
+def test_a_recorded_config_follows_its_run(runs: Path) -> None:
+    inside = stage(runs).run_dir.parent / "shapes" / "artifact" / "train.jsonl"
+    inside.parent.mkdir(parents=True)
+    inside.touch()
+    path = prepare(stage(runs, f"data.train={inside}"))
+    (runs / "tiny").rename(runs / "moved")
+    config = load_config(runs / "moved" / path.parent.name)
+    assert config.inputs() == {"data.train": runs / "moved" / "shapes" / "artifact" / "train.jsonl"}
+    assert config.run_dir == runs / "moved" / "standins"
+    outside = prepare(stage(runs))
+    assert load_config(outside.parent).inputs() == {"data.train": runs / "rows.jsonl"}

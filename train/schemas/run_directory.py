@@ -8,13 +8,18 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
 from nexus_gen.specs.errors import UserError
-from train.schemas.fields import as_yaml, fingerprint_values, input_fingerprints
+from train.schemas.failures import forget_failures
+from train.schemas.fields import as_yaml, fingerprint_values, input_fingerprints, path_values, typed
 from train.schemas.stages import StageConfig
 
 PACKAGES = ("torch", "transformers", "ms-swift", "deepspeed", "lightning", "diffsynth", "webdataset", "safetensors")
+CHECKPOINTS = "checkpoints"
 IDENTITY = "identity.json"  # beside the checkpoints: the config values and inputs that they belong to
+REQUEST = "from.json"  # in the run: the from=... that is under way
 
 
 def code_version() -> dict[str, Any]:
@@ -35,48 +40,95 @@ def code_version() -> dict[str, Any]:
     return {"commit": commit + changed, "python": platform.python_version(), "packages": packages}
 
 
-def unchanged(config: StageConfig) -> bool:
-    """Whether the stage's artifact was made by this config from these inputs."""
-    if not (config.artifact_dir / MANIFEST).is_file():
+def identity(config: StageConfig) -> dict[str, Any]:
+    """What decides what a stage makes: its values, and the fingerprints of its inputs. Reads the inputs."""
+    return {"config": fingerprint_values(config), "inputs": input_fingerprints(config)}
+
+
+def created_at(config: StageConfig) -> str:
+    """When the stage's artifact was made; empty when there is none."""
+    return Manifest.load(config.artifact_dir).created_at if (config.artifact_dir / MANIFEST).is_file() else ""
+
+
+def made_by(config: StageConfig, wanted: dict[str, Any]) -> bool:
+    """Whether the stage's artifact has this identity and no from=... waits for another one."""
+    if not created_at(config):
         return False
     made = Manifest.load(config.artifact_dir)
-    return made.config == fingerprint_values(config) and made.inputs == input_fingerprints(config)
+    return {"config": made.config, "inputs": made.inputs} == wanted and not waits_for_another(config)
 
 
-def identity_of(artifact: Path) -> dict[str, Any]:
-    """What the checkpoints that led to an artifact belong to."""
-    made = Manifest.load(artifact)
-    return {"config": made.config, "inputs": made.inputs}
+def waits_for_another(config: StageConfig) -> bool:
+    """Whether from=... asked for a new artifact of this stage, and the old one is still there."""
+    request = read_request(config.run_dir.parent)
+    return bool(request) and request == {"stage": config.stage, "replaces": created_at(config)}
 
 
-def prepare(config: StageConfig, again: bool) -> Path:
-    """Record config and environment, decide about earlier checkpoints; returns the config's path.
+def read_request(run: Path) -> dict[str, str]:
+    """The from=... that a run has not come to the end of: `stage`, and when the artifact to replace was made."""
+    path = run / REQUEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def forget_request(run: Path) -> None:
+    """The pipeline has come to its end."""
+    (run / REQUEST).unlink(missing_ok=True)
+
+
+def request_another(config: StageConfig) -> None:
+    """Record from=STAGE, so that it is gone on with after an interruption; so is a try that is unfinished now."""
+    if made_by(config, checkpoints_identity(config)):
+        shutil.rmtree(config.run_dir / CHECKPOINTS)
+    request = {"stage": config.stage, "replaces": created_at(config)}
+    write_text_atomic(config.run_dir.parent / REQUEST, json.dumps(request))
+
+
+def checkpoints_identity(config: StageConfig) -> dict[str, Any]:
+    """What the checkpoints of the latest try belong to; empty when there are none."""
+    path = config.run_dir / CHECKPOINTS / IDENTITY
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def prepare(config: StageConfig, wanted: dict[str, Any]) -> Path:
+    """Record config, identity and environment, decide about earlier checkpoints; returns the config's path.
 
     Checkpoints of an unfinished try are gone on from when config and inputs are the same (and resume is true); when
     they differ, UserError. Checkpoints of a finished try are dropped: the artifact stays until a new one replaces it.
     """
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "log").mkdir(exist_ok=True)
-    checkpoints = config.run_dir / "checkpoints"
-    identity = {"config": fingerprint_values(config), "inputs": input_fingerprints(config)}
+    (config.run_dir / "log").mkdir(parents=True, exist_ok=True)
+    forget_failures(config.run_dir / "log")
+    checkpoints = config.run_dir / CHECKPOINTS
     if checkpoints.exists():
-        earlier = json.loads((checkpoints / IDENTITY).read_text()) if (checkpoints / IDENTITY).is_file() else {}
-        finished = (config.artifact_dir / MANIFEST).is_file() and earlier == identity_of(config.artifact_dir)
-        if again or finished or not config.resume:
+        earlier = checkpoints_identity(config)
+        if made_by(config, earlier) or not config.resume:
             shutil.rmtree(checkpoints)
             shutil.rmtree(config.artifact_dir.with_name("artifact.partial"), ignore_errors=True)
             (config.run_dir / "timing.jsonl").unlink(missing_ok=True)
-        elif earlier != identity:
+        elif earlier != wanted:
             raise UserError(
-                f"{checkpoints} belong to an unfinished try with another {difference(earlier, identity)}; "
+                f"{checkpoints} belong to an unfinished try with another {difference(earlier, wanted)}; "
                 "restore that, give resume=false to start over, or another name=..."
             )
     checkpoints.mkdir(exist_ok=True)
-    write_text_atomic(checkpoints / IDENTITY, json.dumps(identity, indent=1))
+    write_text_atomic(checkpoints / IDENTITY, json.dumps(wanted, indent=1))
     write_text_atomic(config.run_dir / "environment.json", json.dumps(code_version(), indent=1))
     path = config.run_dir / "config.yaml"
     write_text_atomic(path, as_yaml(config))
     return path
+
+
+def load_config(stage_dir: Path) -> StageConfig:
+    """The recorded config of a stage; paths inside its run follow the run to where it is now."""
+    path = stage_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; {stage_dir} is not the directory of a stage that was started")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    run = stage_dir.absolute().parent
+    recorded = Path(values["runs_dir"]) / values["name"]
+    for section, leaf in path_values(values["stage"], values):
+        if Path(section[leaf]).is_relative_to(recorded):
+            section[leaf] = str(run / Path(section[leaf]).relative_to(recorded))
+    return typed(values["stage"], {**values, "runs_dir": str(run.parent), "name": run.name})
 
 
 def difference(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:

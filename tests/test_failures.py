@@ -1,0 +1,69 @@
+"""How a stage ends when its processes meet a mistake or a death: told once, and nobody is left behind."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from runs import NEXUS_GEN, copy_run, losses, nexus_gen, stage_arguments, wait_for
+
+from data.shards import index_shard
+
+pytestmark = pytest.mark.slow
+
+TWO = "launch.processes_per_node=2"
+
+
+@pytest.mark.parametrize(
+    ("config", "status", "last_line"),
+    [
+        ("stage: pretrain\nname: tiny\nruns_dir: runs\nfoo: 1\n", 2, "error: stage=pretrain has no key 'foo'"),
+        ("stage: [", 1, "error: rank "),
+        (None, 2, "config.yaml does not exist"),
+    ],
+)
+def test_what_stops_every_rank_is_told_once(config: str | None, status: int, last_line: str, tmp_path: Path) -> None:
+    if config is not None:
+        (tmp_path / "config.yaml").write_text(config)
+    torchrun = [sys.executable, "-m", "train.torchrun", "--standalone", "--nproc-per-node=2", "-m", "train.worker"]
+    ended = subprocess.run([*torchrun, str(tmp_path / "config.yaml")], capture_output=True, text=True)
+    assert ended.returncode == status, ended.stderr
+    lines = ended.stderr.strip().splitlines()
+    assert last_line in lines[-1]
+    if status == 2:
+        assert len(lines) == 1, ended.stderr
+    else:  # the worker's own traceback, and none of torchrun's
+        assert ended.stderr.count("Traceback") == 1 and "expected the node content" in ended.stderr
+
+
+def test_a_mistake_that_one_rank_meets_ends_all_of_them(tiny_run: Path, tmp_path: Path) -> None:
+    run = copy_run(tiny_run, tmp_path / "run", "generation_decoder")
+    shard = run / "embed_generation" / "artifact" / "train" / "000000.tar"
+    offset, _ = index_shard(shard)[0]["safetensors"]
+    with open(shard, "r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * 8)
+    ended = nexus_gen(*stage_arguments(run, "generation_decoder", TWO))
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    errors = [line for line in ended.stderr.splitlines() if "rror" in line]
+    assert len(errors) == 1 and errors[0].startswith(f"error: shard {shard} is damaged"), ended.stderr
+
+
+def test_workers_save_and_end_when_their_launcher_is_killed(tiny_run: Path, tmp_path: Path) -> None:
+    run = copy_run(tiny_run, tmp_path / "run", "generation_decoder")
+    endless = ["trainer.max_steps=1000000", "trainer.log_every_steps=1", "trainer.checkpoint_every_steps=0"]
+    arguments = stage_arguments(run, "generation_decoder", *endless)
+    with open(tmp_path / "output", "w", encoding="utf-8") as output:
+        launcher = psutil.Popen([NEXUS_GEN, *arguments], stdout=output, stderr=subprocess.STDOUT)
+    wait_for(lambda: len(losses(run / "generation_decoder")) > 0, launcher, tmp_path / "output")
+    second = nexus_gen(*arguments)
+    assert second.returncode == 2 and f"is in use by process {launcher.pid} on" in second.stderr
+    processes = launcher.children(recursive=True)
+    assert len(processes) >= 2  # torchrun and its worker
+    launcher.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(processes, timeout=120)
+    assert alive == []
+    assert len(list((run / "generation_decoder" / "checkpoints").glob("step_*"))) == 1
