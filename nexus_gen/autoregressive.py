@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nexus_gen.compat import ensure_torchvision
 from nexus_gen.specs.geometry import NUM_TARGET_TOKENS
+from nexus_gen.vision_tower import vision_embeds
 
 ensure_torchvision()
 
@@ -46,6 +47,8 @@ class NexusGenOutput(ModelOutput):
     """What a forward with labels returns.
 
     loss: weighted sum of the unweighted `text_loss` and `image_loss`, scalars in float32.
+    text_token_loss, image_token_loss: what those are the means of, at every scored position in row-major order,
+    detached. text_token_right: whether the likeliest token is the label, likewise; outside of training only.
     predicted_embeds, target_embeds: (N, D) at the target image tokens of the batch.
     logits (B, S, V) and image_embeddings (B, S, D): both heads at every position, only with `all_positions`.
     """
@@ -53,6 +56,9 @@ class NexusGenOutput(ModelOutput):
     loss: Tensor | None = None
     text_loss: Tensor | None = None
     image_loss: Tensor | None = None
+    text_token_loss: Tensor | None = None
+    image_token_loss: Tensor | None = None
+    text_token_right: Tensor | None = None
     predicted_embeds: Tensor | None = None
     target_embeds: Tensor | None = None
     logits: Tensor | None = None
@@ -96,19 +102,20 @@ def predicts(mask_BS: Tensor) -> Tensor:
 
 
 def text_cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Mean cross entropy in float32; exactly 0, still connected to the graph, when N is 0."""
-    if labels_N.numel() == 0:
-        return logits_NV.float().sum()
-    return F.cross_entropy(logits_NV.float(), labels_N)
+    """Cross entropy in float32: (N,)."""
+    return F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
 
 
 def embedding_loss(predicted_ND: Tensor, target_ND: Tensor, mse_share: float) -> Tensor:
-    """mse_share * MSE + (1 - mse_share) * mean(1 - cos) in float32; exactly 0, still in the graph, when N is 0."""
+    """mse_share * MSE + (1 - mse_share) * (1 - cos) in float32: (N,)."""
     predicted, target = predicted_ND.float(), target_ND.float()
-    if predicted.shape[0] == 0:
-        return predicted.sum()
-    cosine_distance = (1 - F.cosine_similarity(predicted, target, dim=-1)).mean()
-    return mse_share * F.mse_loss(predicted, target) + (1 - mse_share) * cosine_distance
+    squared_error = (predicted - target).square().mean(dim=-1)
+    return mse_share * squared_error + (1 - mse_share) * (1 - F.cosine_similarity(predicted, target, dim=-1))
+
+
+def mean_or_zero(losses_N: Tensor) -> Tensor:
+    """The mean; exactly 0, still connected to the graph, when N is 0."""
+    return losses_N.mean() if losses_N.numel() else losses_N.sum()
 
 
 class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
@@ -175,13 +182,18 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         # tensor of a training step.
         text_mask = (labels != IGNORE_INDEX) & ~spliced.target_mask
         text_mask[:, 0] = False  # nothing precedes, so nothing predicts it
-        text_loss = text_cross_entropy(self.lm_head(hidden_BSD[predicts(text_mask)]), labels[text_mask])
+        logits_NV, text_labels = self.lm_head(hidden_BSD[predicts(text_mask)]), labels[text_mask]
         predicted_ND = self.vision_head(hidden_BSD[predicts(spliced.target_mask)])
-        image_loss = embedding_loss(predicted_ND, spliced.target_embeds, self.loss_weights.mse_share)
+        text_losses = text_cross_entropy(logits_NV, text_labels)
+        image_losses = embedding_loss(predicted_ND, spliced.target_embeds, self.loss_weights.mse_share)
+        text_loss, image_loss = mean_or_zero(text_losses), mean_or_zero(image_losses)
         return NexusGenOutput(
             loss=self.loss_weights.text * text_loss + self.loss_weights.image * image_loss,
             text_loss=text_loss,
             image_loss=image_loss,
+            text_token_loss=text_losses.detach(),
+            image_token_loss=image_losses.detach(),
+            text_token_right=None if self.training else logits_NV.argmax(dim=-1) == text_labels,
             predicted_embeds=predicted_ND,
             target_embeds=spliced.target_embeds,
             logits=self.lm_head(hidden_BSD) if all_positions else None,
@@ -218,13 +230,13 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         inputs_embeds = replace_rows(inputs_embeds, target_mask, self.image_prefill_embeds(prefill_index_N))
         return SplicedInputs(inputs_embeds, target_mask, vision_ND[target_mask[image_mask]].detach())
 
-    def vision_embeds(self, pixel_values: Tensor, image_grid_thw: Tensor | None) -> Tensor:
+    def vision_embeds(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """The vision tower's merged embeddings of all images, (N, D); without a graph where the tower is frozen."""
         visual = self.model.visual
         # Checkpointing makes even a frozen tower's inputs require gradients; its backward would be wasted.
         trained = any(parameter.requires_grad for parameter in visual.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            return visual(pixel_values.to(visual.dtype), grid_thw=image_grid_thw).pooler_output
+            return vision_embeds(visual, pixel_values, image_grid_thw)
 
     def rope_position_ids(
         self, input_ids: Tensor, attention_mask: Tensor | None, image_grid_thw: Tensor | None

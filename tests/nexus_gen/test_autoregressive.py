@@ -13,6 +13,7 @@ from nexus_gen.autoregressive import (
     NexusGenForConditionalGeneration,
     embedding_loss,
     index_within_runs,
+    mean_or_zero,
     predicts,
     replace_rows,
 )
@@ -178,8 +179,8 @@ def test_loss_weights_combine_the_parts(model: NexusGenForConditionalGeneration)
 def test_embedding_loss_by_hand() -> None:
     predicted, target = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     # MSE (4 + 0 + 1 + 1) / 4 = 1.5; cosines 1 and 0, so the mean distance is 0.5
-    assert embedding_loss(predicted, target, mse_share=0.5).item() == pytest.approx(0.5 * 1.5 + 0.5 * 0.5)
-    assert embedding_loss(predicted[:0], target[:0], mse_share=0.5).item() == 0.0
+    assert embedding_loss(predicted, target, mse_share=0.5).mean().item() == pytest.approx(0.5 * 1.5 + 0.5 * 0.5)
+    assert mean_or_zero(embedding_loss(predicted[:0], target[:0], mse_share=0.5)).item() == 0.0
 
 
 def test_index_within_runs_restarts_at_every_run() -> None:

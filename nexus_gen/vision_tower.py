@@ -1,0 +1,98 @@
+"""Qwen2.5-VL's vision tower over many pictures at once, in as many kernels as one picture takes.
+
+transformers runs one attention per window or picture of a batch, and lays out windows and positions picture by picture.
+Here equal lengths share one attention call, and the layout of a grid is computed once. Results agree to rounding.
+
+Legend: P patches of all pictures, N merged tokens of all pictures (P / 4), D output width.
+"""
+
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nexus_gen.compat import ensure_torchvision
+
+ensure_torchvision()
+
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen  # noqa: E402
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index  # noqa: E402
+
+VisionTower = qwen.Qwen2_5_VisionTransformerPretrainedModel
+_attend_one_by_one = qwen.Qwen2_5_VLVisionAttention.forward
+
+
+def vision_embeds(tower: VisionTower, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+    """Merged embeddings of all pictures, (N, D).
+
+    pixel_values: (P, channels x 2 x patch x patch), in any float dtype. grid_thw: (pictures, 3).
+    """
+    grids = tuple(map(tuple, grid_thw.tolist()))
+    layout = _layout(grids, tower.spatial_merge_size, tower.window_size, tower.patch_size, pixel_values.device)
+    # Where attention goes by length, bounds stay on the CPU: reading them from a GPU would stop it in every block.
+    bounds_on = torch.device("cpu") if tower.config._attn_implementation == "sdpa" else pixel_values.device
+    layout["cu_window_seqlens"] = layout["cu_window_seqlens"].to(bounds_on)
+    return tower(pixel_values.to(tower.dtype), grid_thw=grid_thw.to(bounds_on), **layout).pooler_output
+
+
+@lru_cache(maxsize=64)
+def _grid_layout(grid: tuple[int, int, int], merge: int, window: int, patch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one picture: positions (patches, 2), order of merged tokens by window, patches up to each window's end."""
+    grid_thw = torch.tensor([grid])
+    order, ends = get_vision_window_index(grid_thw, merge, window, patch)
+    return get_vision_position_ids(grid_thw, merge), order, ends[1:]
+
+
+def _layout(
+    grids: tuple[tuple[int, int, int], ...], merge: int, window: int, patch: int, device: torch.device
+) -> dict[str, Tensor]:
+    """What the tower would compute from the grids in a loop over pictures; bounds on the CPU."""
+    positions, order, ends, num_patches = [], [], [torch.zeros(1, dtype=torch.int32)], 0
+    for grid in grids:
+        of_grid, order_of_grid, ends_of_grid = _grid_layout(grid, merge, window, patch)
+        positions.append(of_grid)
+        order.append(order_of_grid + num_patches // merge**2)
+        ends.append(ends_of_grid + num_patches)
+        num_patches += len(of_grid)
+    return {
+        "position_ids": torch.cat(positions).to(device),
+        "window_index": torch.cat(order).to(device),
+        "cu_window_seqlens": torch.cat(ends),
+    }
+
+
+def _attend(
+    self: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any = None, **kwargs: Any
+) -> Tensor:
+    """Qwen2_5_VLVisionAttention.forward with one call of attention per length, whatever the number of sequences."""
+    if self.config._attn_implementation != "sdpa":
+        return _attend_one_by_one(self, hidden_states, cu_seqlens, position_embeddings, **kwargs)
+    query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+    query, key = qwen.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+
+    def attend(*of_sequences: Tensor) -> Tensor:
+        """(sequences, length, heads, width) each."""
+        heads_first = (tensor.transpose(1, 2) for tensor in of_sequences)
+        return F.scaled_dot_product_attention(*heads_first, scale=self.scaling).transpose(1, 2)
+
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(bounds)]
+    if len(set(lengths)) == 1:
+        parts = (tensor.unflatten(0, (len(lengths), lengths[0])) for tensor in (query, key, value))
+        attended = attend(*parts).flatten(0, 1)
+    else:
+        attended = torch.empty_like(value)
+        for length in set(lengths):
+            starts = [start for start, own in zip(bounds, lengths, strict=False) if own == length]
+            places = torch.tensor(starts)[:, None] + torch.arange(length)
+            places = places.to(value.device, non_blocking=True)
+            attended = attended.index_copy(
+                0, places.flatten(), attend(query[places], key[places], value[places]).flatten(0, 1)
+            )
+    return self.proj(attended.flatten(1))
+
+
+qwen.Qwen2_5_VLVisionAttention.forward = _attend  # type: ignore[method-assign]
