@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.messages import read_rows
 from data.shapes import draw_rows
 from nexus_gen.specs.images import cover_crop, open_image
@@ -18,7 +20,7 @@ class ShapesStage(Stage[ShapesStageConfig]):
 
 
 class StandinsStage(Stage[StandinsStageConfig]):
-    """The tokenizers learn from the dataset's words and the autoencoder from its pictures."""
+    """The tokenizers learn from the dataset's words, the autoencoder and the vision tower from its pictures."""
 
     def run(self) -> bool:
         self.write_artifact(self.fill)
@@ -27,8 +29,15 @@ class StandinsStage(Stage[StandinsStageConfig]):
     def fill(self, directory: Path) -> dict[str, Any]:
         rows = list(read_rows(Path(self.config.data.train)))
         words = [text for row in rows for choice in row.choices for texts in choice.values() for text in texts]
-        pictures = sorted({image for row in rows for image in row.images}, key=str)[: self.config.standins.num_images]
+        scenes = {
+            picture: scene
+            for row in rows
+            for picture, scene in zip(row.images, (row.truth or {}).get("scenes", [{}] * len(row.images)), strict=False)
+        }
+        pictures = sorted(scenes, key=str)[: self.config.standins.num_images]
         size = self.config.model.image_size
+        # Before the first kernel: matrices of float32 at the speed of TF32.
+        torch.set_float32_matmul_precision("high")
         return build_standins(
             directory,
             self.config.model,
@@ -36,4 +45,6 @@ class StandinsStage(Stage[StandinsStageConfig]):
             corpus=words,
             images=[cover_crop(open_image(picture), size) for picture in pictures],
             seed=self.config.seed,
+            objects=[scenes[picture].get("objects") for picture in pictures],
+            device=self.device,
         )

@@ -1,7 +1,7 @@
 """Tiny stand-ins of the downloads, Qwen2.5-VL-Instruct and FLUX.1-dev, in their layout: `stage=standins`.
 
 The same loaders read them as read the full-size models. The language model, the text encoders and FLUX are random; the
-tokenizers and the autoencoder are trained here, and the frozen vision tower is initialised to keep what it sees.
+tokenizers and the autoencoder are trained here, and the vision tower is too, or initialised to keep what it sees.
 """
 
 import json
@@ -32,11 +32,12 @@ from nexus_gen.specs.geometry import MERGE_SIZE, FluxGeometry, TextEncoderGeomet
 from train.schemas.stages import StandinsConfig, StandinsModelConfig
 from train.tiny_tokenizers import template_texts, train_clip_tokenizer, train_qwen_tokenizer, train_t5_tokenizer
 from train.tiny_vae import fit_vae, reconstruction_psnr
-from train.tiny_vision import calibrate_vision, initialise_vision
+from train.tiny_vision import Objects, calibrate_vision, fit_vision, initialise_vision
 
 QWEN_DIR = "Qwen2.5-VL-Instruct"
 FLUX_DIR = "FLUX.1-dev"
 MIN_TOKENS, MAX_TOKENS = 4, 16384  # bounds of a picture in merged tokens, as Qwen2.5-VL's preprocessor has them
+CALIBRATION_PICTURES = 512  # that the scale of the vision tower's outputs is measured on
 HELD_OUT = 32  # pictures that the autoencoder is scored on and not fitted to, at most an eighth
 
 
@@ -47,18 +48,25 @@ def build_standins(
     corpus: Iterable[str],
     images: list[Image.Image],
     seed: int,
+    objects: list[Objects] | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Write `Qwen2.5-VL-Instruct/` and `FLUX.1-dev/` under `directory`; returns what was measured.
 
-    corpus: texts that the tokenizers learn from. images: `model.image_size` square, for the autoencoder and for the
-    scale of the vision tower. The files depend on the arguments, on nothing else but the number of threads.
+    corpus: texts that the tokenizers learn from. images: `model.image_size` square, for the autoencoder and the vision
+    tower; objects: what is in each, as far as it is known. device: where to train, the CPU unless given. The files
+    depend on the arguments, on nothing else but the number of threads.
     Raises UserError when a vocabulary is too small, there is no picture, or the widths do not fit together.
     """
     check(model, standins, images)
     texts = list(corpus)
-    num_parameters = {"qwen": build_qwen(directory / QWEN_DIR, standins, texts, images, seed)}
+    device = device or torch.device("cpu")
     num_held_out = min(HELD_OUT, len(images) // 8)
-    vae = fit_vae(model.vae, images[num_held_out:], standins.vae_steps, seed)
+    vae = fit_vae(model.vae, images[num_held_out:], standins.vae_steps, standins.vae_batch_size, seed, device)
+    num_qwen, vision = build_qwen(
+        directory / QWEN_DIR, standins, texts, images, objects or [None] * len(images), seed, device
+    )
+    num_parameters = {"qwen": num_qwen}
     flux = build_flux_transformer(model.transformer, seed)
     save_vae(vae, directory / FLUX_DIR / "ae.safetensors", "bfl")
     save_flux(flux, directory / FLUX_DIR / "flux1-dev.safetensors", "bfl")
@@ -66,7 +74,7 @@ def build_standins(
     num_parameters |= build_text_encoders(directory / FLUX_DIR, standins.clip, standins.t5, texts, seed)
     write_json(directory / FLUX_DIR / "model_index.json", {"_class_name": "FluxPipeline", **PIPELINE_PARTS})
     psnr = reconstruction_psnr(vae, images[:num_held_out] or images)
-    return {"num_parameters": num_parameters, "vae_psnr_db": round(psnr, 2)}
+    return {"num_parameters": num_parameters, "vae_psnr_db": round(psnr, 2), "vision": vision}
 
 
 # What diffusers reads first of a FLUX.1-dev directory: a part's library and class.
@@ -93,9 +101,15 @@ def check(model: StandinsModelConfig, standins: StandinsConfig, images: list[Ima
 
 
 def build_qwen(
-    directory: Path, standins: StandinsConfig, corpus: list[str], images: list[Image.Image], seed: int
-) -> int:
-    """Write a Qwen2.5-VL checkpoint with tokenizer and processor; returns its number of parameters."""
+    directory: Path,
+    standins: StandinsConfig,
+    corpus: list[str],
+    images: list[Image.Image],
+    objects: list[Objects],
+    seed: int,
+    device: torch.device,
+) -> tuple[int, dict[str, float]]:
+    """Write a Qwen2.5-VL checkpoint with tokenizer and processor; its number of parameters, and the tower's scores."""
     tokenizer = train_qwen_tokenizer(corpus, standins.language.vocab_size)
     ids: Any = tokenizer.convert_tokens_to_ids
     tokens = SpecialTokenIds(
@@ -123,16 +137,18 @@ def build_qwen(
         tokenizer=tokenizer,
         chat_template=tokenizer.chat_template,
     )
-    initialise_vision(model.model.visual, seed)
-    calibrate_vision(model.model.visual, processor, images)
+    tower, scores = model.model.visual, {}
+    if standins.vision_steps:
+        scores = fit_vision(
+            tower, processor, images, objects, standins.vision_steps, standins.vision_batch_size, seed, device
+        )
+    else:
+        initialise_vision(tower, seed)
+    calibrate_vision(tower, processor, images[:CALIBRATION_PICTURES])
     save_autoregressive(model, directory, as_qwen=True)
     tokenizer.save_pretrained(directory)
     processor.image_processor.save_pretrained(directory)
-    return count(model)
-
-
-# The outputs of every modulation, and the last layer.
-ZEROED = ("norm1_a.linear", "norm1_b.linear", "norm.linear", "norm_out.linear", "final_proj_out")
+    return count(model), scores
 
 
 def build_flux_transformer(geometry: FluxGeometry, seed: int) -> FluxTransformer:

@@ -1,4 +1,4 @@
-"""Fit a small FLUX autoencoder on the spot, in about a minute of CPU time.
+"""Fit a small FLUX autoencoder on the spot, in about a minute, on a CPU or a GPU.
 
 Half of every batch are the given pictures, half are random ones (soft noise of every scale, cut by blobs and stripes),
 so that photographs come through too. Legend: B pictures, S pixels per side.
@@ -21,7 +21,6 @@ from nexus_gen.vae import SCALE, SHIFT, DownSampler, FluxVae, ResnetBlock, UpSam
 
 log = logging.getLogger(__name__)
 
-BATCH_SIZE = 8
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 20
 LATENT_NOISE = 0.05  # of latents with std 1: small errors of a decoder then stay small in pixels
@@ -31,27 +30,35 @@ NORM_CONSTANT = 8.0  # large beside colours in [-1, 1]
 CALIBRATION_PICTURES = 64
 
 
-def fit_vae(geometry: VaeGeometry, images: list[Image.Image], steps: int, seed: int) -> FluxVae:
+def fit_vae(
+    geometry: VaeGeometry,
+    images: list[Image.Image],
+    steps: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device | None = None,
+) -> FluxVae:
     """An autoencoder trained for `steps` batches; latents, shifted and scaled, have mean about 0 and std about 1.
 
-    images: square, all of one size. The result depends on the arguments and the number of threads alone; the
-    caller's random state is left alone.
+    images: square, all of one size. device: where to train, the CPU unless given; the result comes back on the CPU. It
+    depends on the arguments and the number of threads alone; the caller's random state is left alone.
     """
-    pictures = torch.from_numpy(np.stack([to_array(image) for image in images]))
-    generator = torch.Generator().manual_seed(seed)
+    pictures = torch.from_numpy(np.stack([to_array(image) for image in images])).to(device)
+    generator = torch.Generator(pictures.device).manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = FluxVae(geometry)
     initialise(vae)
+    vae.to(device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
     for step in range(steps):
         size = pictures.shape[-1] // (1 if step >= FULL_SIZE_FROM * steps else 2)
-        batch = training_batch(pictures, size, generator)
+        batch = training_batch(pictures, batch_size, size, generator)
         latents = vae.encode(batch)
-        noise = torch.randn(latents.shape, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         error = vae.decode(latents + LATENT_NOISE * noise) - batch
         loss = error.abs().mean() + error.square().mean()
         optimizer.zero_grad()
@@ -62,7 +69,7 @@ def fit_vae(geometry: VaeGeometry, images: list[Image.Image], steps: int, seed: 
         if step % 100 == 0 or step == steps - 1:
             log.info("autoencoder step %d of %d: loss %.4f", step + 1, steps, loss.item())
     calibrate(vae, pictures[:CALIBRATION_PICTURES])
-    return vae.eval()
+    return vae.cpu().eval()
 
 
 @torch.no_grad()
@@ -142,34 +149,38 @@ def calibrate(vae: FluxVae, pictures: Tensor) -> None:
     first.weight *= std[None, :, None, None]
 
 
-def training_batch(pictures: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """(B, 3, size, size) in [-1, 1]: half are parts of `pictures`, mirrored and recoloured; half are random."""
-    half = BATCH_SIZE // 2
-    index = torch.randint(len(pictures), (half,), generator=generator)
-    top, left = torch.randint(pictures.shape[-1] - size + 1, (2,), generator=generator).tolist()
-    given = pictures[index][:, torch.randperm(3, generator=generator), top : top + size, left : left + size]
-    mirrored = torch.rand(half, 1, 1, 1, generator=generator) < 0.5
+def training_batch(pictures: Tensor, count: int, size: int, generator: torch.Generator) -> Tensor:
+    """(count, 3, size, size) in [-1, 1]: half are parts of `pictures`, mirrored and recoloured; half are random."""
+    half, device = count // 2, pictures.device
+    index = torch.randint(len(pictures), (count - half,), generator=generator, device=device)
+    top, left = torch.randint(pictures.shape[-1] - size + 1, (2,), generator=generator, device=device).tolist()
+    channels = torch.randperm(3, generator=generator, device=device)
+    given = pictures[index][:, channels, top : top + size, left : left + size]
+    mirrored = torch.rand(len(given), 1, 1, 1, generator=generator, device=device) < 0.5
     given = torch.where(mirrored, given.flip(-1), given)
     return torch.cat([given, random_pictures(half, size, generator)])
 
 
 def random_pictures(count: int, size: int, generator: torch.Generator) -> Tensor:
     """(count, 3, size, size) in [-1, 1]: two soft colour fields, divided by a hard edge of blobs or stripes."""
+    device = generator.device
     inside, outside = (soft_noise(count, 3, size, generator) for _ in range(2))
     blobs = soft_noise(count, 1, size, generator)
-    rows, columns = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
-    waves = torch.randn(count, 2, 1, 1, generator=generator) * (size / 8)
+    line = torch.linspace(-1, 1, size, device=device)
+    rows, columns = torch.meshgrid(line, line, indexing="ij")
+    waves = torch.randn(count, 2, 1, 1, generator=generator, device=device) * (size / 8)
     stripes = torch.sin(waves[:, :1] * rows + waves[:, 1:] * columns)
-    striped = torch.rand(count, 1, 1, 1, generator=generator) < 0.3
+    striped = torch.rand(count, 1, 1, 1, generator=generator, device=device) < 0.3
     return torch.where(torch.where(striped, stripes, blobs) > 0, inside, outside)
 
 
 def soft_noise(count: int, channels: int, size: int, generator: torch.Generator) -> Tensor:
     """(count, channels, size, size) in [-1, 1]: noise of every scale; how steeply it falls is drawn per picture."""
-    steepness = torch.rand(count, 1, 1, 1, generator=generator) * 1.5
-    total = torch.randn(count, channels, 1, 1, generator=generator).expand(-1, -1, size, size) * 0.6
+    device = generator.device
+    steepness = torch.rand(count, 1, 1, 1, generator=generator, device=device) * 1.5
+    total = torch.randn(count, channels, 1, 1, generator=generator, device=device).expand(-1, -1, size, size) * 0.6
     for octave in range(1, int(math.log2(size)) + 1):
-        noise = torch.randn(count, channels, 2**octave, 2**octave, generator=generator)
+        noise = torch.randn(count, channels, 2**octave, 2**octave, generator=generator, device=device)
         amplitude = 0.8 * torch.exp(-steepness * octave)
         total = total + amplitude * F.interpolate(noise, (size, size), mode="bilinear", align_corners=False)
     return total.clamp(-1, 1)

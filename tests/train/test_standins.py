@@ -36,6 +36,9 @@ STANDINS = StandinsConfig(
     clip=TextEncoderGeometry(640, 16, 32, 2, 2),
     t5=TextEncoderGeometry(128, 24, 32, 2, 2),
     vae_steps=4,
+    vae_batch_size=8,
+    vision_steps=0,
+    vision_batch_size=8,
     num_images=24,
 )
 CORPUS = [
@@ -169,7 +172,7 @@ def test_embeddings_are_scaled_and_hold_the_colours_of_their_cells(built):
 
 def test_fitting_improves_the_autoencoder_and_scales_its_latents():
     held_out = shape_pictures(8, seed=5)
-    before, after = (fit_vae(MODEL.vae, IMAGES, steps, seed=0) for steps in (1, 60))
+    before, after = (fit_vae(MODEL.vae, IMAGES, steps, batch_size=8, seed=0) for steps in (1, 60))
     assert reconstruction_psnr(after, held_out) > reconstruction_psnr(before, held_out) + 2
     with torch.no_grad():
         latents = after.encode(torch.from_numpy(np.stack([to_array(image) for image in IMAGES])))
@@ -184,6 +187,6 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(tmp_path):
         wide = replace(MODEL, transformer=replace(MODEL.transformer, context_dim=32))
         build_standins(tmp_path, wide, STANDINS, CORPUS, IMAGES, seed=0)
     with pytest.raises(UserError, match="norm_groups 4 leaves 2 of 8 channels"):
-        fit_vae(VaeGeometry([8, 16], 1, 4, 16), IMAGES, steps=1, seed=0)
+        fit_vae(VaeGeometry([8, 16], 1, 4, 16), IMAGES, steps=1, batch_size=8, seed=0)
     with pytest.raises(UserError, match="no pictures"):
         build_standins(tmp_path, MODEL, STANDINS, CORPUS, [], seed=0)
