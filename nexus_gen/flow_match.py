@@ -18,6 +18,8 @@ ensure_torchvision()
 from diffsynth.diffusion.flow_match import FlowMatchScheduler  # noqa: E402
 
 NUM_TRAIN_TIMESTEPS = 1000
+TRAIN_SHIFT = 3.0
+LEAST_SIGMA = 0.003 / 1.002  # before the shift
 VelocityFn = Callable[[Tensor, Tensor], Tensor]  # latents (B, C, h, w), timestep (B,) -> velocity (B, C, h, w)
 GuidedVelocityFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # the same with guidance (B,)
 
@@ -55,14 +57,67 @@ def sampling_sigmas(num_steps: int) -> Tensor:
     return torch.cat([scheduler.sigmas, torch.zeros(1)])
 
 
-def sample_timesteps(batch_size: int, generator: torch.Generator | None = None, one_per_batch: bool = False) -> Tensor:
-    """Indices into the training schedule, uniform: (B,) int64 on the generator's device, else the CPU.
+@dataclass(frozen=True)
+class TimestepDensity:
+    """How noise levels are drawn and weighed in training; the defaults are as published.
+
+    kind: uniform, or logit_normal (mean 0, std 1: the middle more often; Esser et al. 2024) before the shift.
+    shift: s of sigma -> s sigma / (1 + (s - 1) sigma); more pixels want more, 1 is none. The levels stay those of the
+    training schedule: the nearest is taken.
+    weighting: published (largest in the middle, 0 at the noisy end) or none. Weights have mean 1 under the density.
+    """
+
+    kind: str = "uniform"
+    shift: float = TRAIN_SHIFT
+    weighting: str = "published"
+
+    @property
+    def is_published(self) -> bool:
+        return self.kind == "uniform" and self.shift == TRAIN_SHIFT
+
+    def index(self, quantile: Tensor) -> Tensor:
+        """The schedule's index at quantiles in (0, 1), counted from clean to noisy: int64 of the same shape."""
+        level = quantile.double()
+        if self.kind == "logit_normal":
+            level = torch.special.ndtri(level).sigmoid()
+        sigma = self.shift * level / (1 + (self.shift - 1) * level)
+        unshifted = sigma / (TRAIN_SHIFT - (TRAIN_SHIFT - 1) * sigma)  # the schedule is linear before its own shift
+        return ((1 - unshifted) / (1 - LEAST_SIGMA) * (NUM_TRAIN_TIMESTEPS - 1)).round().long().clamp(0, 999)
+
+    def weights(self, index: Tensor) -> Tensor:
+        """Loss weights of drawn indices (B,): float32 on their device."""
+        if self.weighting == "none":
+            return torch.ones_like(index, dtype=torch.float32)
+        weights = training_schedule().at(index).weights
+        return weights if self.is_published else weights / _mean_weight(self)
+
+
+@cache
+def _mean_weight(density: TimestepDensity) -> float:
+    quantiles = (torch.arange(100_000) + 0.5) / 100_000
+    return float(training_schedule().at(density.index(quantiles)).weights.mean())
+
+
+PUBLISHED = TimestepDensity()
+
+
+def sample_timesteps(
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    one_per_batch: bool = False,
+    density: TimestepDensity = PUBLISHED,
+) -> Tensor:
+    """Indices into the training schedule: (B,) int64 on the generator's device, else the CPU.
 
     one_per_batch: all samples share one draw, as in the published trainer.
     """
     device = "cpu" if generator is None else generator.device
     draws = 1 if one_per_batch else batch_size
-    return torch.randint(NUM_TRAIN_TIMESTEPS, (draws,), generator=generator, device=device).expand(batch_size)
+    if density.is_published:
+        index = torch.randint(NUM_TRAIN_TIMESTEPS, (draws,), generator=generator, device=device)
+    else:
+        index = density.index(torch.rand(draws, generator=generator, device=device, dtype=torch.float64))
+    return index.expand(batch_size)
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -81,15 +136,17 @@ def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
     return noise - x0
 
 
-def flow_match_loss(velocity_fn: VelocityFn, x0: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+def flow_match_loss(
+    velocity_fn: VelocityFn, x0: Tensor, noise: Tensor, index: Tensor, density: TimestepDensity = PUBLISHED
+) -> Tensor:
     """Weighted squared error of the predicted velocity per sample: (B,) float32.
 
-    x0, noise: (B, C, h, w) latents in the model's dtype. index: (B,) from `sample_timesteps`.
+    x0, noise: (B, C, h, w) latents in the model's dtype. index: (B,) from `sample_timesteps`, drawn from `density`.
     """
     steps = training_schedule().at(index.to(x0.device))
     velocity = velocity_fn(add_noise(x0, noise, steps.sigmas), steps.timesteps)
     error = velocity.float() - velocity_target(x0, noise).float()
-    return steps.weights * error.square().flatten(1).mean(dim=1)
+    return density.weights(index.to(x0.device)) * error.square().flatten(1).mean(dim=1)
 
 
 @torch.no_grad()

@@ -139,7 +139,8 @@ class NexusGen:
     def edit(self, image: Picture, instruction: str, language: str = "en", **sampling: Any) -> Image.Image:
         """Repaint a picture; a generation decoder sees the imagined result only, an editing decoder the source too."""
         target_embeds = self.imagine(EDITING_PROMPT.format(instruction), EDITING_REPLY[language], [image])
-        reference = self.source_embeds(image) if self.paths.decoder_kind == "editing_decoder" else None
+        sees_source = self.paths.decoder_kind == "editing_decoder" and self.details.get("reference", True)
+        reference = self.source_embeds(image) if sees_source else None
         return self.paint(target_embeds, reference, **sampling)[0]
 
     @torch.inference_mode()

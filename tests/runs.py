@@ -43,6 +43,12 @@ SMALLEST = (
     "embed.samples_per_shard=4",
     "embed.batch_size=2",
     "sampling.num_inference_steps=2",
+    "average.decay=0.9",
+    "average.export=average",
+    "objective.condition_dropout=0.3",
+    "heldout.every_steps=4",
+    "heldout.num_samples=3",
+    "samples.num_pictures=2",
     "launch.device=cpu",
     "launch.processes_per_node=1",
     "launch.threads_per_process=1",
@@ -90,7 +96,7 @@ def losses(stage: Path) -> dict[tuple[int, str], float]:
         (int(row["step"]), name): value
         for row in read_metrics(stage)
         for name, value in row.items()
-        if name.startswith("train/")
+        if name.startswith(("train/", "heldout/"))
     }
 
 

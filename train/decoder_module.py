@@ -10,27 +10,39 @@ import deepspeed
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from nexus_gen.decoders import EditingDecoder, GenerationDecoder
-from nexus_gen.flow_match import flow_match_loss, sample_timesteps
+from nexus_gen.flow_match import (
+    PUBLISHED,
+    GuidedVelocityFn,
+    TimestepDensity,
+    VelocityFn,
+    flow_match_loss,
+    sample_timesteps,
+    training_schedule,
+)
 from train.schemas.common import OptimConfig
 from train.schemas.stages import DecoderObjective
 
+_GENERATOR = torch.Generator()  # a new one per sample costs more than the noise
+
 
 def sample_noise(
-    seed: int, epoch: int, index: int, shape: tuple[int, ...], generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """The timestep index, (1,) int64, and the noise, (1, *shape) float32, of one sample in one epoch.
+    seed: int, epoch: int, index: int, shape: tuple[int, ...], density: TimestepDensity = PUBLISHED
+) -> tuple[Tensor, Tensor, float]:
+    """The timestep index, (1,) int64, the noise, (1, *shape) float32, and a uniform number of one sample in one epoch.
 
-    Both follow from (seed, epoch, index) alone, whatever the rank, the batch or what was drawn before.
-    generator: a CPU generator to use; its state is overwritten. (A new one per sample costs more than the noise.)
+    They follow from (seed, epoch, index) alone, whatever the rank, the batch or what was drawn before. The number says
+    whether the sample's condition is dropped.
     """
     # torch's CPU generator takes 32 bits of seed; SeedSequence hashes the three numbers into them.
-    generator.manual_seed(int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0]))
-    return sample_timesteps(1, generator), torch.randn(1, *shape, generator=generator)
+    _GENERATOR.manual_seed(int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0]))
+    timestep = sample_timesteps(1, _GENERATOR, density=density)
+    noise = torch.randn(1, *shape, generator=_GENERATOR)
+    return timestep, noise, float(torch.rand(1, generator=_GENERATOR))
 
 
 def learning_rate_factor(step: int, warmup_steps: int, max_steps: int, schedule: str) -> float:
@@ -52,6 +64,8 @@ class DecoderModule(pl.LightningModule):
 
     decoder: built on the CPU, in the training dtype; only rank zero's weights count (see `configure_model`).
     pooled: (1, P), CLIP's embedding of the empty prompt, a constant.
+    null_context: (1, L, context width), T5's embedding of the empty prompt, which takes the place of a dropped
+    condition as it does in classifier-free guidance; None where nothing is dropped nor guided.
     loss_sum: the losses of the micro batches since the last optimizer step; the engine checks and clears it.
     """
 
@@ -64,17 +78,21 @@ class DecoderModule(pl.LightningModule):
         seed: int,
         max_steps: int,
         gradient_checkpointing: bool,
+        null_context: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.objective = objective
+        self.density = TimestepDensity(objective.density, objective.shift, objective.weighting)
+        self.schedule = training_schedule()
         self.optim = optim
         self.seed = seed
         self.max_steps = max_steps
         self.gradient_checkpointing = gradient_checkpointing
         self.loss_sum: Tensor | float = 0.0
         self._pooled = pooled
-        self._generator = torch.Generator()
+        self._null_context = null_context
+        self._partitioned = False
 
     def configure_model(self) -> None:
         """Under ZeRO-3, cut rank zero's weights into every rank's share, one parameter at a time.
@@ -83,15 +101,16 @@ class DecoderModule(pl.LightningModule):
         holds the whole model. Below stage 3 the engine hands rank zero's weights to every rank when it starts.
         """
         strategy: Any = self.trainer.strategy
+        self._partitioned = strategy.zero_stage_3
         if strategy.zero_stage_3:
             deepspeed.zero.Init(module=self.decoder, config_dict_or_path=strategy.config)
 
-    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
-        """Draw noise and timesteps while the batch is on the CPU: a device's generator draws other numbers."""
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Draw noise, timesteps and dropped conditions while the batch is on the CPU: a device draws other numbers."""
         shape = tuple(batch["latents"].shape[1:])
-        timesteps, noise = zip(
+        timesteps, noise, draws = zip(
             *(
-                sample_noise(self.seed, epoch, index, shape, self._generator)
+                sample_noise(self.seed, epoch, index, shape, self.density)
                 for epoch, index in zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True)
             ),
             strict=True,
@@ -99,34 +118,89 @@ class DecoderModule(pl.LightningModule):
         timestep_index = torch.cat(timesteps)
         if self.objective.timesteps == "per_batch":
             timestep_index = timestep_index[:1].expand(len(timestep_index))
-        return {**batch, "noise": torch.cat(noise), "timestep_index": timestep_index}
+        dropped = [place for place, draw in enumerate(draws) if draw < self.objective.condition_dropout]
+        return {**batch, "noise": torch.cat(noise), "timestep_index": timestep_index, "dropped": dropped}
 
-    def loss_per_sample(self, batch: dict[str, Tensor]) -> Tensor:
+    def loss_per_sample(self, batch: dict[str, Any]) -> Tensor:
         """Weighted flow-matching loss, (B,) float32.
 
-        batch: latents (B, C, h, w), noise likewise, timestep_index (B,), target_embeds (B, 81, D) and, for the editing
-        decoder, source_embeds (B, 324, D).
+        batch: latents (B, C, h, w), noise likewise, timestep_index (B,), target_embeds (B, 81, D), for the editing
+        decoder source_embeds (B, 324, D), and dropped, the places whose condition is the empty prompt instead.
         """
-        dtype = self.decoder.transformer.x_embedder.weight.dtype
-        latents = batch["latents"].to(dtype)
-        guidance = latents.new_full((len(latents),), self.objective.guidance)
-        pooled = self._pooled = self._pooled.to(latents)
-        source_embeds = batch.get("source_embeds")
+        latents = batch["latents"].to(self.compute_dtype)
+        noise = batch["noise"].to(self.compute_dtype)
+        return flow_match_loss(self.velocity(batch), latents, noise, batch["timestep_index"], self.density)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The training dtype."""
+        return self.decoder.transformer.x_embedder.weight.dtype
+
+    def velocity(self, batch: dict[str, Any]) -> VelocityFn:
+        """(noisy, timestep) -> velocity under the conditions of a batch."""
+        guidance = self.objective.guidance
 
         def velocity(noisy: Tensor, timestep: Tensor) -> Tensor:
-            return self.decoder(
-                noisy,
-                timestep,
-                guidance,
-                pooled,
-                batch["target_embeds"].to(dtype),
-                None if source_embeds is None else source_embeds.to(dtype),
-                gradient_checkpointing=self.gradient_checkpointing,
-            )
+            return self.guided_velocity(batch)(noisy, timestep, noisy.new_full((len(noisy),), guidance))
 
-        return flow_match_loss(velocity, latents, batch["noise"].to(dtype), batch["timestep_index"])
+        return velocity
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def guided_velocity(self, batch: dict[str, Any]) -> GuidedVelocityFn:
+        """(noisy, timestep, guidance) -> velocity under the conditions of a batch, of which some may be dropped."""
+        embeds = [batch["target_embeds"].to(self.compute_dtype)]
+        if "source_embeds" in batch and getattr(self.objective, "reference", True):
+            embeds.append(batch["source_embeds"].to(self.compute_dtype))
+        dropped: list[int] = batch.get("dropped", [])
+        # The processes of ZeRO-3 gather weights together, so each has to make the passes that another may need.
+        may_need_both = self._partitioned and self.training and self.objective.condition_dropout > 0
+        always_both = may_need_both and len(batch["target_embeds"]) > 1
+
+        def velocity(noisy: Tensor, timestep: Tensor, guidance: Tensor) -> Tensor:
+            if not dropped and not always_both:
+                return self._conditional(noisy, timestep, guidance, embeds)
+            kept = [place for place in range(len(noisy)) if place not in dropped]
+            result = torch.zeros_like(noisy)
+            if not kept and not always_both:
+                result = result + 0 * self._conditioner(*embeds).sum()  # its gradients are waited for
+            for places, predict in ((kept, self._conditional), (dropped, self._unconditional)):
+                if not places and not always_both:
+                    continue
+                rows = torch.tensor(places or [0], device=noisy.device)
+                part = predict(noisy[rows], timestep[rows], guidance[rows], [tensor[rows] for tensor in embeds])
+                result = result.index_copy(0, rows, part) if places else result + 0 * part.sum()
+            return result
+
+        return velocity
+
+    def _conditional(self, noisy: Tensor, timestep: Tensor, guidance: Tensor, embeds: list[Tensor]) -> Tensor:
+        pooled = self._pooled = self._pooled.to(noisy)
+        return self.decoder(
+            noisy, timestep, guidance, pooled, *embeds, gradient_checkpointing=self.gradient_checkpointing
+        )
+
+    def _unconditional(self, noisy: Tensor, timestep: Tensor, guidance: Tensor, embeds: list[Tensor]) -> Tensor:
+        return self.null_velocity(noisy, timestep, guidance)
+
+    def null_velocity(self, noisy: Tensor, timestep: Tensor, guidance: Tensor) -> Tensor:
+        """Under the empty prompt's text, as classifier-free guidance asks for it."""
+        assert self._null_context is not None
+        pooled = self._pooled = self._pooled.to(noisy)
+        context = self._null_context = self._null_context.to(noisy)
+        return self.decoder.transformer(
+            noisy,
+            timestep,
+            context.expand(len(noisy), -1, -1),
+            pooled,
+            guidance,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+
+    @property
+    def _conditioner(self) -> nn.Module:
+        decoder = self.decoder
+        return decoder.adapter if isinstance(decoder, GenerationDecoder) else decoder.embedding_merger
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean loss of the micro batch; the engine averages over accumulation and ranks."""
         loss = self.loss_per_sample(batch).mean()
         self.loss_sum = self.loss_sum + loss.detach()

@@ -16,14 +16,17 @@ from nexus_gen.specs.artifact import Manifest
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import ProjectorGeometry
 from nexus_gen.specs.models import DECODER_FILES
-from nexus_gen.text_encoders import encode_pooled
+from nexus_gen.text_encoders import encode_context, encode_pooled
 from train.decoder_module import DecoderModule
-from train.engine import CHECKPOINTS, complete_checkpoints, fit, gather_weights
+from train.decoder_monitor import DecoderMonitor
+from train.engine import checkpoint_step, fit, gather_weights, latest_checkpoint
+from train.metrics import MetricsLogger, latest
 from train.schemas.stages import DecoderConfig, EditingDecoderConfig, require_checkpoint
 from train.stage import Stage
+from train.weight_average import WeightAverage
 
 Decoder = GenerationDecoder | EditingDecoder
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def projector_geometry(qwen: str | Path) -> ProjectorGeometry:
@@ -64,7 +67,8 @@ def build_initial_decoder(config: DecoderConfig, embed_dim: int) -> Decoder:
     """The decoder as training begins, on the CPU in the training dtype.
 
     With init.decoder, that decoder. Else the transformer of init.transformer, or FLUX's from model.flux, and a fresh
-    conditioner seeded by config.seed, of which an editing decoder takes its layer from layer 0 of model.qwen.
+    conditioner seeded by config.seed, of which an editing decoder takes its layer from layer 0 of model.qwen, unless
+    init.projector is random.
     embed_dim: width of the image embeddings. Raises UserError when weights do not fit the configured geometry.
     """
     decoder = meta_decoder(config, embed_dim)
@@ -85,7 +89,8 @@ def build_initial_decoder(config: DecoderConfig, embed_dim: int) -> Decoder:
         else:
             assert isinstance(config, EditingDecoderConfig)
             projector = EditingProjector(projector_geometry(config.model.qwen), context_dim).to(dtype)
-            init_from_qwen(projector, config.model.qwen)
+            if config.init.projector == "qwen":
+                init_from_qwen(projector, config.model.qwen)
             decoder.embedding_merger = projector
     return decoder
 
@@ -109,14 +114,17 @@ class DecoderStage(Stage[DecoderConfig]):
     def run(self) -> bool:
         config = self.config
         spec = ShardSpec.load(Manifest.load(config.shards))
+        dtype = DTYPES[config.trainer.precision]
+        needs_null = config.objective.condition_dropout > 0 or config.sampling.cfg_scale != 1
         module = DecoderModule(
             self._starting_decoder(spec.embed_dim),
-            encode_pooled(config.model.flux, "", DTYPES[config.trainer.precision]),
+            encode_pooled(config.model.flux, "", dtype),
             config.objective,
             config.optim,
             seed=config.seed,
             max_steps=config.trainer.max_steps,
             gradient_checkpointing=config.trainer.gradient_checkpointing,
+            null_context=encode_context(config.model.flux, "", dtype) if needs_null else None,
         )
         loader = ShardLoader(
             config.shards,
@@ -128,10 +136,29 @@ class DecoderStage(Stage[DecoderConfig]):
             seed=config.seed,
             num_workers=config.trainer.num_workers,
         )
-        result = fit(module, loader, config.trainer, config.optim, config.logger, self.run_dir, self.device_type)
+        average = None
+        if config.average.decay:
+            average = WeightAverage(module.decoder, config.average.decay, self.rank, self.world_size)
+        exported = average if config.average.export == "average" else None
+        checkpoint = latest_checkpoint(self.run_dir)
+        metrics = MetricsLogger(
+            self.run_dir, config.logger, self.rank, checkpoint_step(checkpoint) if checkpoint else 0
+        )
+        monitor = DecoderMonitor(config, metrics, self.rank, self.world_size, dtype, exported)
+        result = fit(
+            module,
+            loader,
+            config.trainer,
+            config.optim,
+            metrics,
+            self.run_dir,
+            self.device_type,
+            [monitor],
+            average,
+        )
         if not result.finished:
             return False
-        weights = gather_weights(module.decoder, self.rank)
+        weights = exported.gather() if exported else gather_weights(module.decoder, self.rank)
 
         def export(directory: Path) -> dict[str, Any]:
             decoder = meta_decoder(config, spec.embed_dim)
@@ -147,7 +174,7 @@ class DecoderStage(Stage[DecoderConfig]):
 
         The others' memory, and everybody's when a checkpoint is about to fill it, stays untouched and so unoccupied.
         """
-        if self.rank == 0 and not complete_checkpoints(self.run_dir / CHECKPOINTS):
+        if self.rank == 0 and latest_checkpoint(self.run_dir) is None:
             return build_initial_decoder(self.config, embed_dim)
         decoder = meta_decoder(self.config, embed_dim)
         assert not any(True for _ in decoder.buffers()), "buffers are handed to nobody"
@@ -164,10 +191,14 @@ class DecoderStage(Stage[DecoderConfig]):
             "sampling": dataclasses.asdict(config.sampling),
             "steps": config.trainer.max_steps,
             # Throughput stays in metrics.jsonl: details enter the artifact's fingerprint.
-            "metrics": {name: value for name, value in metrics.items() if name.startswith("train/")},
+            "metrics": {
+                **{name: value for name, value in metrics.items() if name.startswith("train/")},
+                **latest(self.run_dir, "heldout/"),
+            },
         }
         if isinstance(config, EditingDecoderConfig):
             details["projector"] = dataclasses.asdict(projector_geometry(config.model.qwen))
+            details["reference"] = config.objective.reference
         return details
 
 

@@ -27,16 +27,22 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import train.deepspeed_mends  # noqa: F401
 from nexus_gen.specs.errors import UserError
 from train.metrics import MetricsLogger
-from train.schemas.common import LoggerConfig, OptimConfig, TrainerConfig
+from train.schemas.common import OptimConfig, TrainerConfig
+from train.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 PARTIAL = ".partial"  # the ending of a checkpoint that is being written
 BUCKET_ELEMENTS = 200_000_000  # of a reduction or gather: 400 MB in bfloat16, enough to saturate the link
-PRECISIONS: dict[str, Literal["32-true", "bf16-true"]] = {"float32": "32-true", "bfloat16": "bf16-true"}
+PRECISIONS: dict[str, Literal["32-true", "bf16-true"]] = {
+    "float32": "32-true",
+    "tf32": "32-true",
+    "bfloat16": "bf16-true",
+}
 
 
 # ---- DeepSpeed ----------------------------------------------------------------------------------------------------
@@ -112,6 +118,11 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Checkpoints that were written to the end, oldest first."""
     return sorted(path for path in directory.glob("step_*") if path.suffix != PARTIAL)
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The one that training goes on from."""
+    return next(iter(reversed(complete_checkpoints(run_dir / CHECKPOINTS))), None)
 
 
 def checkpoint_step(path: Path) -> int:
@@ -249,10 +260,35 @@ class StepMetrics(pl.Callback):
             self._bar.close()
 
 
+class Averaging(pl.Callback):
+    """Keeps a WeightAverage up to date, from the checkpoint's or else from the weights that training starts with."""
+
+    def __init__(self, average: WeightAverage, checkpoint: Path | None) -> None:
+        self._average = average
+        self._checkpoint = checkpoint
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Also where no step is left to train."""
+        if self._checkpoint is None:
+            self._average.start()
+        else:
+            self._average.load(self._checkpoint)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._average.update()
+
+
 class StepCheckpoints(pl.Callback):
     """Checkpoints every N steps, after the last step, and when the ranks agreed to stop; that also ends the fit."""
 
-    def __init__(self, guard: StepGuard, directory: Path, config: TrainerConfig) -> None:
+    def __init__(
+        self, guard: StepGuard, directory: Path, config: TrainerConfig, average: WeightAverage | None = None
+    ) -> None:
+        self._average = average
         self._guard = guard
         self._directory = directory
         self._config = config
@@ -275,6 +311,8 @@ class StepCheckpoints(pl.Callback):
                 shutil.rmtree(leftover)
         trainer.strategy.barrier()
         trainer.save_checkpoint(partial)
+        if self._average is not None:
+            self._average.save(partial)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             os.replace(partial, path)
@@ -332,25 +370,31 @@ def fit(
     loader: Any,
     trainer_config: TrainerConfig,
     optim: OptimConfig,
-    logger: LoggerConfig,
+    metrics: MetricsLogger,
     run_dir: Path,
     device_type: str,
+    monitors: list[pl.Callback],
+    average: WeightAverage | None = None,
 ) -> FitResult:
     """Train up to max_steps, from the latest checkpoint under run_dir/checkpoints where there is one.
 
     module: keeps `loss_sum` as DecoderModule does. loader: yields this rank's micro batches without end and has
-    `state_dict` and `load_state_dict`; its state has to be the same on all ranks.
+    `state_dict` and `load_state_dict`; its state has to be the same on all ranks. metrics: closed at the end.
+    monitors: callbacks that come after the metrics of a step and before its checkpoint. average: kept up to date.
     Raises UserError when the loss is not finite.
     """
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    world_size = int(os.environ["WORLD_SIZE"])
     devices = int(os.environ["LOCAL_WORLD_SIZE"])
     accumulation = trainer_config.accumulation(world_size)
-    checkpoints = complete_checkpoints(run_dir / CHECKPOINTS)
-    start_step = checkpoint_step(checkpoints[-1]) if checkpoints else 0
+    checkpoint = latest_checkpoint(run_dir)
+    start_step = checkpoint_step(checkpoint) if checkpoint else 0
     guard = StepGuard(StopRequest())
-    metrics = MetricsLogger(run_dir, logger, rank, start_step)
     step_metrics = StepMetrics(guard, metrics, trainer_config, start_step)
+    averaging = [Averaging(average, checkpoint)] if average is not None else []
+    checkpoints = StepCheckpoints(guard, run_dir / CHECKPOINTS, trainer_config, average)
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
+    if trainer_config.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
     silence()
     trainer = pl.Trainer(
         accelerator=device_type,
@@ -363,7 +407,7 @@ def fit(
         max_steps=trainer_config.max_steps,
         accumulate_grad_batches=accumulation,
         gradient_clip_val=optim.max_grad_norm or None,
-        callbacks=[guard, step_metrics, StepCheckpoints(guard, run_dir / CHECKPOINTS, trainer_config)],
+        callbacks=[guard, step_metrics, *averaging, *monitors, checkpoints],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -384,10 +428,10 @@ def fit(
     )
     try:
         trainer.fit(
-            module,
-            OneEpoch(loader, trainer_config.max_steps * accumulation),
-            ckpt_path=checkpoints[-1] if checkpoints else None,
+            module, OneEpoch(loader, trainer_config.max_steps * accumulation), ckpt_path=str(checkpoint or "") or None
         )
     finally:
         metrics.close()
+    if start_step >= trainer_config.max_steps and averaging:
+        averaging[0].start()  # no step was left to train, so nothing has loaded it
     return FitResult(trainer.global_step >= trainer_config.max_steps, step_metrics.last)

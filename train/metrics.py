@@ -1,13 +1,16 @@
 """What a training stage records: metrics.jsonl always, TensorBoard and wandb when configured.
 
-Names: `train/loss`, `perf/samples_per_s`; steps are optimizer steps. A resumed stage first drops the lines past its
-checkpoint, so the file reads as if nothing had been interrupted.
+Names: `train/loss`, `heldout/loss`, `perf/samples_per_s`; steps are optimizer steps. A resumed stage first drops the
+lines past its checkpoint, so the file reads as if nothing had been interrupted.
 """
 
 import json
 import time
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
+from PIL import Image
 
 from nexus_gen.specs.artifact import write_text_atomic
 from train.schemas.common import LoggerConfig
@@ -25,6 +28,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
         except ValueError:
             break
     return rows
+
+
+def latest(run_dir: Path, prefix: str) -> dict[str, float]:
+    """The last value of each name that begins with `prefix`."""
+    return {name: value for row in read_metrics(run_dir) for name, value in row.items() if name.startswith(prefix)}
 
 
 class MetricsLogger:
@@ -65,6 +73,15 @@ class MetricsLogger:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
+
+    def log_picture(self, step: int, name: str, picture: Image.Image) -> None:
+        """Show a picture in TensorBoard and wandb; the caller keeps the file."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(picture)}, step=step)
 
     def close(self) -> None:
         if self._file is not None:

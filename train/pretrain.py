@@ -23,16 +23,19 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
+import train.deepspeed_mends  # noqa: F401
 from nexus_gen.ar_checkpoint import save_autoregressive
 from nexus_gen.autoregressive import LossWeights
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import TARGET_GRID
 from train.message_stream import MessageFile, MessageStream
-from train.metrics import MetricsLogger, read_metrics
+from train.metrics import MetricsLogger, latest
 from train.schemas.stages import PretrainConfig
 from train.stage import Stage
 from train.swift_callbacks import (
+    Averaging,
+    HeldoutLoss,
     StepCheckpoints,
     StepGuard,
     StepMetrics,
@@ -41,10 +44,12 @@ from train.swift_callbacks import (
     remove_incomplete_checkpoints,
 )
 from train.swift_plugin import NAME
+from train.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+HELDOUT_SEED = 0  # of the order of held-out rows, in every run
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 
 
@@ -58,6 +63,8 @@ class PretrainStage(Stage[PretrainConfig]):
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.start_process_group()
         deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)
+        if config.trainer.precision == "tf32":
+            torch.set_float32_matmul_precision("high")
 
         checkpoints = self.run_dir / CHECKPOINTS
         if self.rank == 0:
@@ -79,9 +86,7 @@ class PretrainStage(Stage[PretrainConfig]):
                 "target_grid": TARGET_GRID,
                 "steps": config.trainer.max_steps,
                 # Throughput stays in metrics.jsonl: details enter the artifact's fingerprint.
-                "metrics": {
-                    name: value for name, value in read_metrics(self.run_dir)[-1].items() if name.startswith("train/")
-                },
+                "metrics": latest(self.run_dir, "train/") | latest(self.run_dir, "heldout/"),
             }
 
         self.write_artifact(export)
@@ -100,6 +105,7 @@ class PretrainPipeline(SwiftSft):
         self.world_size = world_size
         self.accumulation = config.trainer.accumulation(world_size)
         self.finished = False
+        self.average: WeightAverage | None = None
         deepspeed_path = config.run_dir / "log" / "deepspeed.json"
         if rank == 0:
             settings = deepspeed_config(config.trainer.zero_stage, device_type)
@@ -131,19 +137,36 @@ class PretrainPipeline(SwiftSft):
         )
         return [stream, None]
 
+    def _heldout_batches(self) -> list[dict[str, Tensor]]:
+        """The first held-out rows of an order that never changes, collated."""
+        rows = MessageFile(self.config.data.heldout)
+        count, size = min(self.config.heldout.num_samples, len(rows)), self.config.trainer.micro_batch_size
+        stream = MessageStream(
+            rows, self.template.encode, num_samples=count, micro_batch_size=1, world_size=1, seed=HELDOUT_SEED
+        )
+        return [
+            self.template.data_collator([stream[index] for index in range(first, min(first + size, count))])
+            for first in range(0, count, size)
+        ]
+
     def train(self, trainer: Any) -> dict[str, Any]:
         """Train on from the latest complete checkpoint."""
         config = self.config
         directory = config.run_dir / CHECKPOINTS
         checkpoints = complete_checkpoints(directory)
         start_step = checkpoint_step(checkpoints[-1]) if checkpoints else 0
-        guard = StepGuard(self.accumulation, start_step)
+        guard = StepGuard(self.accumulation, start_step, self.model.config.image_token_id)
         metrics = MetricsLogger(config.run_dir, config.logger, self.rank, start_step)
         step_metrics = StepMetrics(guard, metrics, config.trainer, lambda: trainer.optimizer.param_groups[0]["lr"])
         # DeepSpeed's own files hold the weights; swift's copy would gather them all and take their space once more.
         trainer.save_model = lambda *args, **kwargs: None
         trainer.remove_callback(ProgressCallback)  # swift's; it prints every log as a dict
         trainer.add_callback(step_metrics)
+        if config.average.decay:
+            self.average = WeightAverage(self.model, config.average.decay, self.rank, self.world_size)
+            trainer.add_callback(Averaging(self.average, directory))
+        exported = self.average if config.average.export == "average" else None
+        trainer.add_callback(HeldoutLoss(self.model, self._heldout_batches(), metrics, config.heldout, exported))
         trainer.add_callback(StepCheckpoints(guard, directory, config.trainer))
         self.template.on_loss = guard.on_loss
         self.trainer = trainer
@@ -182,8 +205,12 @@ class PretrainPipeline(SwiftSft):
         )
 
     def gather_weights(self) -> dict[str, Tensor]:
-        """The whole weights on rank zero, by their names in memory; every rank has to call it."""
-        return self.trainer.accelerator.get_state_dict(self.trainer.deepspeed)
+        """The whole weights to export on rank zero, by their names in memory; every rank has to call it."""
+        weights = self.trainer.accelerator.get_state_dict(self.trainer.deepspeed)
+        if self.average is not None and self.config.average.export == "average":
+            averaged = self.average.gather()  # of what is trained
+            weights = {**weights, **averaged} if self.rank == 0 else weights
+        return weights
 
 
 def swift_arguments(config: PretrainConfig, accumulation: int, deepspeed_path: Path, device_type: str) -> list[str]:
@@ -195,7 +222,7 @@ def swift_arguments(config: PretrainConfig, accumulation: int, deepspeed_path: P
         "model_type": NAME,
         "template": NAME,
         "tuner_type": "full",
-        "torch_dtype": trainer.precision,
+        "torch_dtype": "bfloat16" if in_bfloat16 else "float32",
         "bf16": in_bfloat16,
         "fp16": False,  # float32 weights would mean float16 autocast
         "use_cpu": device_type == "cpu",

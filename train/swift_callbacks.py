@@ -1,6 +1,6 @@
 """What happens around each optimizer step of the pretrain stage: agreement of the ranks, metrics, checkpoints.
 
-Steps are optimizer steps. Swift's trainer runs the loop and calls these.
+Steps are optimizer steps. Swift's trainer runs the loop and calls these. Legend: B rows, S sequence positions.
 """
 
 import logging
@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -16,19 +17,157 @@ from typing import Any
 
 import torch
 import torch.distributed
+from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from nexus_gen.autoregressive import NexusGenOutput
+from data.messages import TASKS
+from nexus_gen.autoregressive import IGNORE_INDEX, NexusGenForConditionalGeneration, NexusGenOutput
 from nexus_gen.specs.errors import UserError
 from train.metrics import MetricsLogger
-from train.schemas.common import TrainerConfig
+from train.schemas.common import HeldoutConfig, TrainerConfig
+from train.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
 
 COMPLETE = "complete"  # an empty file that is written into a checkpoint when all ranks are done with it
+
+
+class TaskSums:
+    """Losses of each task, as sums over tokens and their number: these add up over micro-batches and ranks.
+
+    (tasks, 4) float64: text loss, text tokens, image loss, image tokens.
+    """
+
+    @staticmethod
+    def of(outputs: NexusGenOutput, input_ids: Tensor, labels: Tensor, image_token_id: int) -> Tensor:
+        """Of one batch; what a row's task is can be read from its tokens (B, S)."""
+        assert outputs.text_token_loss is not None and outputs.image_token_loss is not None
+        target_BS = labels == image_token_id
+        task_B = task_of_rows(input_ids, labels, image_token_id)
+        sums = torch.zeros(len(TASKS), 4, dtype=torch.float64, device=labels.device)
+        for column, scored_BS, loss in (
+            (0, text_positions(labels, target_BS), outputs.text_token_loss),
+            (2, target_BS, outputs.image_token_loss),
+        ):
+            task = task_B.repeat_interleave(scored_BS.sum(1), output_size=len(loss))
+            sums[:, column].index_add_(0, task, loss.double())
+            sums[:, column + 1].index_add_(0, task, torch.ones_like(loss, dtype=torch.float64))
+        return sums
+
+    @staticmethod
+    def means(flat: list[float], prefix: str) -> dict[str, float]:
+        """`<prefix>/text_loss/<task>` and `<prefix>/image_loss/<task>` of the tasks that had any."""
+        means = {}
+        for number, task in enumerate(TASKS):
+            text, text_tokens, image, image_tokens = flat[4 * number : 4 * number + 4]
+            if text_tokens:
+                means[f"{prefix}/text_loss/{task}"] = text / text_tokens
+            if image_tokens:
+                means[f"{prefix}/image_loss/{task}"] = image / image_tokens
+        return means
+
+
+def text_positions(labels: Tensor, target: Tensor) -> Tensor:
+    """Positions whose text is scored, (B, S): nothing predicts the first one."""
+    scored = (labels != IGNORE_INDEX) & ~target
+    scored[:, 0] = False
+    return scored
+
+
+def task_of_rows(input_ids: Tensor, labels: Tensor, image_token_id: int) -> Tensor:
+    """The index of each row's task in TASKS, (B,)."""
+    is_target = labels == image_token_id
+    makes = is_target.any(1)
+    looks = ((input_ids == image_token_id) & ~is_target).any(1)
+    return torch.where(makes, 1 + looks.long(), torch.where(looks, 0, 3))
+
+
+class Averaging(TrainerCallback):
+    """Keeps a WeightAverage up to date, from the checkpoint's or else from the weights that training starts with."""
+
+    def __init__(self, average: WeightAverage, directory: Path) -> None:
+        self._average = average
+        self._directory = directory
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        checkpoint = checkpoint_path(self._directory, state.global_step)
+        if state.global_step:
+            self._average.load(checkpoint)
+        else:
+            self._average.start()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._average.update()
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._average.save(checkpoint_path(self._directory, state.global_step))
+
+
+class HeldoutLoss(TrainerCallback):
+    """Losses on held-out rows every few steps and after the last: `heldout/text_loss`, `heldout/image_loss/editing`.
+
+    `heldout/accuracy/understanding` is the share of replies whose every token is the likeliest: those that greedy
+    decoding gives. batches: all of them, the same on every rank; ranks share them, and make equally many passes.
+    average: the weights to look at, where they are not the trained ones.
+    """
+
+    def __init__(
+        self,
+        model: NexusGenForConditionalGeneration,
+        batches: list[dict[str, Tensor]],
+        metrics: MetricsLogger,
+        config: HeldoutConfig,
+        average: WeightAverage | None,
+    ) -> None:
+        self._model = model
+        self._batches = batches
+        self._metrics = metrics
+        self._config = config
+        self._average = average
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        every = self._config.every_steps
+        if self._batches and (state.global_step == state.max_steps or (every > 0 and state.global_step % every == 0)):
+            self._metrics.log(state.global_step, self.measure())
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        model = self._model
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        image_token_id = model.config.image_token_id
+        losses = torch.zeros(len(TASKS), 4, dtype=torch.float64, device=model.device)
+        rows = torch.zeros(2, len(TASKS), dtype=torch.float64, device=model.device)  # right, all
+        model.eval()
+        with self._average.applied() if self._average is not None else nullcontext():
+            for first in range(0, len(self._batches), world_size):
+                number = first + rank
+                batch = self._batches[number if number < len(self._batches) else 0]
+                batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+                outputs = model(**batch)
+                if number >= len(self._batches):
+                    continue
+                labels = batch["labels"]
+                losses += TaskSums.of(outputs, batch["input_ids"], labels, image_token_id)
+                scored = text_positions(labels, labels == image_token_id)
+                wrong = torch.zeros_like(scored).masked_scatter(scored, ~outputs.text_token_right).any(1)
+                task_B = task_of_rows(batch["input_ids"], labels, image_token_id)
+                rows[0].index_add_(0, task_B, (~wrong).double())
+                rows[1].index_add_(0, task_B, torch.ones_like(task_B, dtype=torch.float64))
+        model.train()
+        facts = torch.cat([losses.flatten(), rows.flatten()])
+        torch.distributed.all_reduce(facts)
+        losses, rows = facts[: losses.numel()].view(-1, 4), facts[losses.numel() :].view(2, -1)
+        text, text_tokens, image, image_tokens = losses.sum(0).tolist()
+        right, total = rows[:, 0].tolist()
+        return {
+            "heldout/text_loss": text / max(1.0, text_tokens),
+            "heldout/image_loss": image / max(1.0, image_tokens),
+            **TaskSums.means(losses.flatten().tolist(), "heldout"),
+            **({"heldout/accuracy/understanding": right / total} if total else {}),
+        }
 
 
 class StepGuard:
@@ -38,8 +177,10 @@ class StepGuard:
     inside the backward pass, so every later hook would be too late for a loss that is not finite.
     """
 
-    def __init__(self, accumulation: int, start_step: int) -> None:
+    def __init__(self, accumulation: int, start_step: int, image_token_id: int) -> None:
         self.stopping = False  # a rank has received a SIGTERM
+        self.task_sums: list[float] = []  # of the last step, `TaskSums` over its micro-batches on all ranks
+        self._image_token_id = image_token_id
         self.losses: dict[str, float] = {}  # of the last step, means over its micro-batches on all ranks
         self.num_tokens = 0  # of the last step, on all ranks, without padding
         self._accumulation = accumulation
@@ -58,8 +199,10 @@ class StepGuard:
         """Called after each forward pass; UserError on every rank when a rank's loss is not finite."""
         assert outputs.loss is not None and outputs.text_loss is not None and outputs.image_loss is not None
         losses = torch.stack([outputs.loss, outputs.text_loss, outputs.image_loss]).detach()
+        of_tasks = TaskSums.of(outputs, inputs["input_ids"], inputs["labels"], self._image_token_id)
         # float64: counts of tokens and of stops share a tensor with losses
-        self._sums = self._sums + torch.cat([losses, inputs["attention_mask"].sum().reshape(1)]).double()
+        num_tokens = inputs["attention_mask"].sum().reshape(1)
+        self._sums = self._sums + torch.cat([losses.double(), of_tasks.flatten(), num_tokens.double()])
         self._micro_batches += 1
         if self._micro_batches % self._accumulation == 0:
             self._agree()
@@ -72,7 +215,8 @@ class StepGuard:
         num_micro_batches = self._accumulation * torch.distributed.get_world_size()
         *sums, num_tokens, stop = facts.tolist()
         names = ("train/loss", "train/text_loss", "train/image_loss")
-        self.losses = {name: value / num_micro_batches for name, value in zip(names, sums, strict=True)}
+        self.losses = {name: value / num_micro_batches for name, value in zip(names, sums, strict=False)}
+        self.task_sums = sums[len(names) :]
         self.num_tokens = int(num_tokens)
         self.stopping = stop > 0
         if not math.isfinite(self.losses["train/loss"]):
@@ -101,6 +245,7 @@ class StepMetrics(TrainerCallback, ExportableState):
         self._learning_rate = learning_rate
         self._rate = 0.0
         self._losses: list[dict[str, float]] = []
+        self._task_sums: list[float] = []  # of the interval under way
         self._num_tokens = 0
         self._timed_steps = 0
         self._since = 0.0
@@ -108,11 +253,12 @@ class StepMetrics(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What the trainer writes into a checkpoint; it would restore it only by building this object anew."""
-        return {"args": {}, "attributes": {"losses": self._losses}}
+        return {"args": {}, "attributes": {"losses": self._losses, "task_sums": self._task_sums}}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         states: Any = state.stateful_callbacks  # by name, once the trainer has taken them from its list
-        self._losses = list(states[type(self).__name__]["attributes"]["losses"])
+        attributes = states[type(self).__name__]["attributes"]
+        self._losses, self._task_sums = list(attributes["losses"]), list(attributes["task_sums"])
         self._since = time.monotonic()
         if state.is_world_process_zero:
             # disable=None: no bar where nobody watches; the log lines below are then all there is.
@@ -123,6 +269,8 @@ class StepMetrics(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._losses.append(self._guard.losses)
+        before = self._task_sums or [0.0] * len(self._guard.task_sums)
+        self._task_sums = [old + new for old, new in zip(before, self._guard.task_sums, strict=True)]
         self._num_tokens += self._guard.num_tokens
         self._timed_steps += 1
         if self._bar is not None:
@@ -146,6 +294,7 @@ class StepMetrics(TrainerCallback, ExportableState):
         step_s = elapsed_s / self._timed_steps
         self._last = {
             **{name: sum(losses[name] for losses in self._losses) / len(self._losses) for name in self._losses[0]},
+            **TaskSums.means(self._task_sums, "train"),
             "train/lr": self._rate,
             **self._gradient_norm(logs or {}),
             "perf/samples_per_s": self._config.global_batch_size / step_s,
@@ -156,6 +305,7 @@ class StepMetrics(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             self._show(state)
         self._losses = []
+        self._task_sums = []
         self._num_tokens = 0
         self._timed_steps = 0
         self._since = now

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from nexus_gen.flow_match import (
     NUM_TRAIN_TIMESTEPS,
+    TimestepDensity,
     add_noise,
     euler_sample,
     flow_match_loss,
@@ -115,3 +116,27 @@ def test_impossible_sampling_is_refused():
         euler_sample(lambda x, t, g: x, torch.zeros(1, 1, 2, 2), 0)
     with pytest.raises(ValueError, match=r"cfg_scale 3.0 needs negative_fn"):
         euler_sample(lambda x, t, g: x, torch.zeros(1, 1, 2, 2), 5, cfg_scale=3.0)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("shift", [1.0, 6.0])
+def test_weights_have_mean_one_under_every_density(kind: str, shift: float) -> None:
+    density = TimestepDensity(kind, shift)
+    index = sample_timesteps(20_000, torch.Generator().manual_seed(0), density=density)
+    assert abs(density.weights(index).mean() - 1) < 0.02  # 3 standard errors
+    assert bool((TimestepDensity(kind, shift, "none").weights(index) == 1).all())
+
+
+def test_a_density_takes_the_nearest_level_of_the_schedule() -> None:
+    levels = torch.linspace(1, 0.003 / 1.002, 1000, dtype=torch.float64)
+    assert torch.equal(TimestepDensity().index(levels), torch.arange(1000))
+    sigmas = training_schedule().sigmas
+    for shift in (1.0, 6.0):
+        wanted = shift * levels / (1 + (shift - 1) * levels)
+        found = sigmas[TimestepDensity("uniform", shift).index(levels)]
+        assert (found - wanted).abs().max() < 0.007  # the lowest level is 0.009
+    middle = sigmas[
+        sample_timesteps(20_000, torch.Generator().manual_seed(0), density=TimestepDensity("logit_normal", 1.0))
+    ]
+    assert abs(middle.mean() - 0.5) < 0.01
+    assert abs(middle.std() - 0.208) < 0.005  # of the logistic of a normal number

@@ -1,5 +1,7 @@
 """Noise per sample, losses over micro batches, and the learning rate."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,16 +18,18 @@ EMBED_DIM = 20
 SHAPE = (16, 4, 6)
 
 
-def module(timesteps: str = "per_sample", seed: int = 7) -> DecoderModule:
+def module(timesteps: str = "per_sample", seed: int = 7, **objective: Any) -> DecoderModule:
     torch.manual_seed(0)
+    options = {"density": "uniform", "shift": 3.0, "weighting": "published", "condition_dropout": 0.0, **objective}
     return DecoderModule(
         build_generation_decoder(FLUX, EMBED_DIM),
         pooled=torch.randn(1, FLUX.pooled_dim),
-        objective=DecoderObjective(timesteps, guidance=3.5),
+        objective=DecoderObjective(timesteps, guidance=3.5, **options),
         optim=OptimConfig(1e-3, 0.01, [0.9, 0.95], warmup_steps=2, schedule="cosine", max_grad_norm=1.0),
         seed=seed,
         max_steps=10,
         gradient_checkpointing=False,
+        null_context=torch.randn(1, 5, FLUX.context_dim),
     )
 
 
@@ -41,21 +45,19 @@ def batch_of(*indices: int, epoch: int = 0) -> dict[str, Tensor]:
 
 
 def test_noise_follows_from_seed_epoch_and_index_alone():
-    generator = torch.Generator()
-    timestep, noise = sample_noise(7, 2, 5, SHAPE, generator)
-    torch.randn(3, generator=generator)
-    again, same = sample_noise(7, 2, 5, SHAPE, generator)
+    timestep, noise, draw = sample_noise(7, 2, 5, SHAPE)
+    sample_noise(7, 2, 6, SHAPE)
+    again, same, same_draw = sample_noise(7, 2, 5, SHAPE)
     assert torch.equal(noise, same)
-    assert timestep == again
+    assert (timestep, draw) == (again, same_draw)
     for other in ((8, 2, 5), (7, 3, 5), (7, 2, 6), (7, 5, 2)):
-        assert not torch.equal(noise, sample_noise(*other, SHAPE, generator)[1])
+        assert not torch.equal(noise, sample_noise(*other, SHAPE)[1])
 
 
 def test_noise_is_normal_and_timesteps_cover_the_schedule():
-    generator = torch.Generator()
-    draws = [sample_noise(0, 0, index, SHAPE, generator) for index in range(1500)]
-    noise = torch.cat([noise for _, noise in draws])
-    timesteps = torch.cat([timestep for timestep, _ in draws]).float()
+    draws = [sample_noise(0, 0, index, SHAPE) for index in range(1500)]
+    noise = torch.cat([noise for _, noise, _ in draws])
+    timesteps = torch.cat([timestep for timestep, _, _ in draws]).float()
     assert abs(noise.mean()) < 0.01
     assert abs(noise.std() - 1) < 0.01
     assert 0 <= timesteps.min() < 20
@@ -135,3 +137,35 @@ def test_optimizer_holds_every_parameter_and_the_configured_rates():
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx([1e-3 * learning_rate_factor(step, 2, 10, "cosine") for step in range(4)])
+
+
+def test_conditions_are_dropped_by_sample_at_the_configured_rate() -> None:
+    dropped = [module(condition_dropout=0.25).on_before_batch_transfer(batch_of(*range(64)), 0)["dropped"]] * 2
+    assert dropped[0] == dropped[1] and 6 < len(dropped[0]) < 27  # 16 expected, 3 standard deviations are 10.4
+    alone = module(condition_dropout=0.25).on_before_batch_transfer(batch_of(dropped[0][0]), 0)
+    assert alone["dropped"] == [0]
+    assert module(condition_dropout=0.0).on_before_batch_transfer(batch_of(*range(64)), 0)["dropped"] == []
+
+
+@torch.no_grad()
+def test_a_dropped_condition_is_the_text_of_the_empty_prompt() -> None:
+    trained = module()
+    batch = {**trained.on_before_batch_transfer(batch_of(0, 1, 2), 0), "dropped": [1]}
+    losses = trained.loss_per_sample(batch)
+    other = {**batch, "target_embeds": batch["target_embeds"] + 1}
+    assert trained.loss_per_sample(other)[1] == pytest.approx(float(losses[1]), rel=1e-5)
+    assert trained.loss_per_sample({**batch, "dropped": []})[0] == pytest.approx(float(losses[0]), rel=1e-5)
+
+    def negative(noisy: Tensor, timestep: Tensor) -> Tensor:  # as sampling asks with guidance
+        context = trained._null_context.expand(3, -1, -1)
+        return trained.decoder.transformer(noisy, timestep, context, trained._pooled, torch.full((3,), 3.5))
+
+    expected = flow_match_loss(negative, batch["latents"], batch["noise"], batch["timestep_index"])
+    assert losses[1] == pytest.approx(float(expected[1]), rel=1e-5)
+
+
+def test_the_conditioner_gets_gradients_where_all_conditions_are_dropped() -> None:
+    trained = module()
+    batch = {**trained.on_before_batch_transfer(batch_of(0, 1), 0), "dropped": [0, 1]}
+    trained.training_step(batch, 0).backward()
+    assert all(parameter.grad is not None for parameter in trained.decoder.adapter.parameters())

@@ -21,13 +21,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from data.loader import ShardLoader
 from data.shards import ShardSpec, write_shard
 from launch.processes import worker_command, worker_environment
-from nexus_gen.checkpoints import load_decoder, save_decoder, save_flux
+from nexus_gen.checkpoints import load_decoder, save_decoder, save_flux, save_vae
 from nexus_gen.decoders import build_generation_decoder
 from nexus_gen.flux import FluxTransformer
 from nexus_gen.specs.artifact import Manifest, seal, verify
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry
 from nexus_gen.text_encoders import encode_pooled
+from nexus_gen.vae import FluxVae
 from train.decoder_module import DecoderModule
 from train.decoder_stages import build_initial_decoder
 from train.engine import StepGuard, StopRequest, checkpoint_step, complete_checkpoints, deepspeed_config
@@ -56,6 +57,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     CLIPTextModel(clip).save_pretrained(root / "FLUX.1-dev" / "text_encoder")
     tiny_qwen.write_checkpoint(root / "qwen")
     write_shards(root / "shards")
+    save_vae(FluxVae(VAE), root / "FLUX.1-dev" / "ae.safetensors")
     return root
 
 
@@ -70,9 +72,14 @@ def write_shards(directory: Path) -> None:
         for index in range(10)
     ]
     write_shard(directory / "train" / "000000.tar", samples)
+    (directory / "heldout").mkdir()
+    write_shard(directory / "heldout" / "000000.tar", samples[:4])
     details = {
         "spec": dataclasses.asdict(ShardSpec(81, 0, EMBED_DIM, list(LATENTS), "float32", "encoder")),
-        "splits": {"train": [{"file": "train/000000.tar", "samples": 10}]},
+        "splits": {
+            "train": [{"file": "train/000000.tar", "samples": 10}],
+            "heldout": [{"file": "heldout/000000.tar", "samples": 4}],
+        },
     }
     seal(directory, Manifest("embedding_shards", "embed_generation", {}, {}, {}, details))
 
@@ -84,8 +91,10 @@ def config(inputs: Path, runs_dir: Path, stage: str = "generation_decoder", deco
         "image_size": 16,
         "flux": str(inputs / "FLUX.1-dev"),
     }
+    own: dict[str, dict[str, Any]] = {"init": {}, "objective": {}}
     if stage == "editing_decoder":
         model["qwen"] = str(inputs / "qwen")
+        own = {"init": {"projector": "qwen"}, "objective": {"reference": True}}
     values = {
         "stage": stage,
         "name": "test",
@@ -93,9 +102,20 @@ def config(inputs: Path, runs_dir: Path, stage: str = "generation_decoder", deco
         "seed": 3,
         "resume": True,
         "shards": str(inputs / "shards"),
-        "init": {"decoder": decoder, "transformer": ""},
+        "init": {"decoder": decoder, "transformer": "", **own["init"]},
+        "average": {"decay": 0.0, "export": "raw"},
+        "heldout": {"every_steps": 2, "num_samples": 3},
+        "samples": {"every_steps": 0, "num_pictures": 2},
         "model": model,
-        "objective": {"timesteps": "per_sample", "guidance": 3.5},
+        "objective": {
+            "timesteps": "per_sample",
+            "density": "uniform",
+            "shift": 3.0,
+            "weighting": "published",
+            "condition_dropout": 0.0,
+            "guidance": 3.5,
+            **own["objective"],
+        },
         "sampling": {"num_inference_steps": 2, "cfg_scale": 1.0, "embedded_guidance": 3.5},
         "optim": {
             "learning_rate": 1e-2,
@@ -184,7 +204,7 @@ def test_a_stage_trains_as_a_plain_loop_does_and_writes_its_artifact(inputs: Pat
     assert manifest.details["embed_dim"] == EMBED_DIM
     assert FluxGeometry(**manifest.details["transformer"]) == FLUX
     weights, losses, norms = train_plainly(made)
-    rows = read_metrics(made.run_dir)
+    rows = [row for row in read_metrics(made.run_dir) if "train/loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row["train/loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
     assert [row["train/grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-4)

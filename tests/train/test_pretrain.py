@@ -23,6 +23,7 @@ from train.swift_callbacks import (
     COMPLETE,
     StepCheckpoints,
     StepGuard,
+    TaskSums,
     checkpoint_path,
     checkpoint_step,
     complete_checkpoints,
@@ -44,17 +45,53 @@ def sigterm() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
+IMAGE = 9  # the id of image tokens
+
+
 def outputs(text: float, image: float) -> NexusGenOutput:
+    """Of one row of one text token and no image."""
     parts = [torch.tensor(value, requires_grad=True) for value in (3 * text + 3 * image, text, image)]
-    return NexusGenOutput(loss=parts[0], text_loss=parts[1], image_loss=parts[2])
+    return NexusGenOutput(
+        loss=parts[0],
+        text_loss=parts[1],
+        image_loss=parts[2],
+        text_token_loss=torch.tensor([text]),
+        image_token_loss=torch.zeros(0),
+    )
 
 
 def inputs(num_tokens: int) -> dict[str, Any]:
-    return {"attention_mask": (torch.arange(10) < num_tokens).long()[None]}
+    return {
+        "attention_mask": (torch.arange(10) < num_tokens).long()[None],
+        "input_ids": torch.full((1, 10), 1),
+        "labels": torch.tensor([[-100] * 9 + [1]]),
+    }
+
+
+def test_losses_of_a_task_are_means_over_its_tokens() -> None:
+    look, make, text, pad = [5, IMAGE, IMAGE, 1, 2], [5, 3, IMAGE, IMAGE, 6], [5, 1, 2, 3, 4], [-100] * 2
+    both = [5, IMAGE, 1, IMAGE, 2]
+    input_ids = torch.tensor([look, make, text, both])
+    labels = torch.tensor([[*pad, -100, 1, 2], [*pad, IMAGE, IMAGE, 6], [*pad, -100, -100, 4], [*pad, 1, IMAGE, 2]])
+    made = NexusGenOutput(
+        text_token_loss=torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), image_token_loss=torch.tensor([0.1, 0.3, 0.5])
+    )
+    sums = TaskSums.of(made, input_ids, labels, IMAGE)
+    twice = (2 * sums).flatten().tolist()  # another micro-batch or rank like it
+    assert TaskSums.means(twice, "train") == pytest.approx(
+        {
+            "train/text_loss/understanding": 1.5,
+            "train/text_loss/generation": 3.0,
+            "train/image_loss/generation": 0.2,
+            "train/text_loss/editing": 5.5,
+            "train/image_loss/editing": 0.5,
+            "train/text_loss/text": 4.0,
+        }
+    )
 
 
 def test_losses_are_means_over_the_micro_batches_of_a_step() -> None:
-    guard = StepGuard(accumulation=2, start_step=0)
+    guard = StepGuard(accumulation=2, start_step=0, image_token_id=IMAGE)
     guard.on_loss(outputs(1.0, 0.5), inputs(4))
     assert guard.losses == {}  # the step is not complete
     guard.on_loss(outputs(2.0, 0.0), inputs(7))
@@ -67,7 +104,7 @@ def test_losses_are_means_over_the_micro_batches_of_a_step() -> None:
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_at_the_end_of_its_step(broken: float) -> None:
-    guard = StepGuard(accumulation=2, start_step=5)
+    guard = StepGuard(accumulation=2, start_step=5, image_token_id=IMAGE)
     guard.on_loss(outputs(1.0, broken), inputs(4))
     with pytest.raises(UserError, match=r"the loss of step 6 is not finite .*optim.learning_rate"):
         guard.on_loss(outputs(1.0, 1.0), inputs(4))
@@ -75,7 +112,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_end_of_its_step(broken: float) -
 
 @pytest.mark.usefixtures("sigterm")
 def test_a_sigterm_ends_training_after_the_step_with_a_checkpoint(tmp_path: Path) -> None:
-    guard = StepGuard(accumulation=1, start_step=0)
+    guard = StepGuard(accumulation=1, start_step=0, image_token_id=IMAGE)
     guard.listen()
     trainer: Any = SimpleNamespace(checkpoint_every_steps=0, keep_checkpoints=1)
     checkpoints = StepCheckpoints(guard, tmp_path, trainer)
@@ -96,13 +133,13 @@ def test_checkpoints_are_due_every_few_steps_and_after_the_last(step: int, saved
     trainer: Any = SimpleNamespace(checkpoint_every_steps=5, keep_checkpoints=1)
     control = TrainerControl()
     state = TrainerState(global_step=step, max_steps=12)
-    StepCheckpoints(StepGuard(1, 0), tmp_path, trainer).on_step_end(None, state, control)
+    StepCheckpoints(StepGuard(1, 0, IMAGE), tmp_path, trainer).on_step_end(None, state, control)
     assert control.should_save == saved and not control.should_training_stop
 
 
 def test_a_checkpoint_counts_when_all_ranks_are_done_and_older_ones_go_only_then(tmp_path: Path) -> None:
     trainer: Any = SimpleNamespace(checkpoint_every_steps=1, keep_checkpoints=2)
-    checkpoints = StepCheckpoints(StepGuard(1, 0), tmp_path, trainer)
+    checkpoints = StepCheckpoints(StepGuard(1, 0, IMAGE), tmp_path, trainer)
     for step in (8, 9, 10):
         checkpoint_path(tmp_path, step).mkdir()
         assert step not in map(checkpoint_step, complete_checkpoints(tmp_path))

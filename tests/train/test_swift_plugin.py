@@ -187,8 +187,12 @@ def test_two_steps_of_training_make_a_checkpoint(qwen: Path, tmp_path: Path) -> 
     run_dir = tmp_path / "runs" / "run" / "pretrain"
     manifest = verify(run_dir / "artifact").require("ar_checkpoint", run_dir)
     assert manifest.details["max_pixels"] == MAX_PIXELS
-    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    metrics = [row for row in lines if "train/loss" in row]
     assert [row["step"] for row in metrics] == [1, 2]
+    heldout = [row for row in lines if "heldout/text_loss" in row]
+    assert [row["step"] for row in heldout] == [2]
+    assert 0 <= heldout[0]["heldout/accuracy/understanding"] <= 1 and heldout[0]["heldout/image_loss/editing"] > 0
     for row in metrics:
         assert row["train/loss"] == pytest.approx(3 * row["train/text_loss"] + 3 * row["train/image_loss"], rel=1e-5)
         assert row["train/lr"] > 0 and row["train/grad_norm"] > 0 and row["perf/samples_per_s"] > 0

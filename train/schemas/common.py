@@ -95,8 +95,9 @@ class OptimConfig:
 class TrainerConfig:
     """How long and in which pieces a stage trains; accumulation is derived from the two batch sizes.
 
-    precision: float32 or bfloat16. zero_stage: DeepSpeed's ZeRO stage. checkpoint_every_steps: 0 keeps only the last.
-    num_workers: loader processes per rank.
+    precision: float32, tf32 (float32 weights, products of matrices at the speed of TF32 on a GPU) or bfloat16.
+    zero_stage: DeepSpeed's ZeRO stage. checkpoint_every_steps: 0 keeps only the last. num_workers: loader processes
+    per rank.
     """
 
     precision: str
@@ -123,12 +124,46 @@ class TrainerConfig:
         return self.global_batch_size // per_pass
 
     def check(self, world_size: int) -> None:
-        one_of("trainer.precision", self.precision, "float32", "bfloat16")
+        one_of("trainer.precision", self.precision, "float32", "tf32", "bfloat16")
         one_of("trainer.zero_stage", self.zero_stage, 0, 1, 2, 3)
         positive(
             "trainer", self, "micro_batch_size", "global_batch_size", "max_steps", "log_every_steps", "keep_checkpoints"
         )
         self.accumulation(world_size)
+
+
+@dataclass
+class AverageConfig:
+    """An exponential moving average of the weights, in float32. decay: per step, rising to this value; 0 keeps none.
+
+    export: which weights become the artifact and are measured on held-out data, `average` or `raw`.
+    """
+
+    decay: float
+    export: str
+
+    def check(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise UserError(f"average.decay is {self.decay}; it must be from 0 to below 1")
+        one_of("average.export", self.export, "average", "raw")
+        if self.export == "average" and self.decay == 0:
+            raise UserError("average.export is 'average' and average.decay 0 keeps none; give a decay such as 0.999")
+
+
+@dataclass
+class HeldoutConfig:
+    """Loss on held-out samples. every_steps: 0 measures after the last step only. num_samples: 0 measures nothing."""
+
+    every_steps: Annotated[int, RUNTIME]
+    num_samples: int
+
+
+@dataclass
+class SamplesConfig:
+    """Grids of pictures painted during training. every_steps: 0 paints after the last step only."""
+
+    every_steps: int
+    num_pictures: int
 
 
 @dataclass

@@ -22,7 +22,9 @@ from nexus_gen.specs.geometry import (
 )
 from train.schemas.common import (
     RUNTIME,
+    AverageConfig,
     DiffusionConfig,
+    HeldoutConfig,
     LaunchConfig,
     LoggerConfig,
     MessagesConfig,
@@ -30,6 +32,7 @@ from train.schemas.common import (
     OptimConfig,
     PathStr,
     QwenConfig,
+    SamplesConfig,
     TrainerConfig,
     one_of,
     positive,
@@ -92,13 +95,20 @@ class ShapesStageConfig(StageConfig):
 
 @dataclass
 class StandinsConfig:
-    """Geometry of the tiny models that have no config of their own yet, and how long the VAE is fitted."""
+    """Geometry of the tiny models that have no config of their own yet, and how long two of them are fitted.
+
+    vae_steps, vision_steps: batches of vae_batch_size and vision_batch_size pictures; vision_steps 0 leaves the vision
+    tower random, initialised to keep what it sees. num_images: pictures to fit to.
+    """
 
     vision: VisionGeometry
     language: LanguageGeometry
     clip: TextEncoderGeometry
     t5: TextEncoderGeometry
     vae_steps: int
+    vae_batch_size: int
+    vision_steps: int
+    vision_batch_size: int
     num_images: int
 
 
@@ -154,7 +164,9 @@ class PretrainConfig(StageConfig):
     objective: PretrainObjective
     freeze: FreezeConfig
     optim: OptimConfig
+    average: AverageConfig
     trainer: TrainerConfig
+    heldout: HeldoutConfig
     logger: Annotated[LoggerConfig, RUNTIME]
 
     kind: ClassVar[str] = "ar_checkpoint"
@@ -165,6 +177,7 @@ class PretrainConfig(StageConfig):
         self.optim.check()
         self.trainer.check(self.launch.world_size)
         self.logger.check()
+        self.average.check()
         positive("data", self.data, "max_length", "max_pixels")
 
     def inputs(self) -> dict[str, Path]:
@@ -244,10 +257,34 @@ class EmbedEditingConfig(EmbedStageConfig):
 
 @dataclass
 class DecoderObjective:
-    """timesteps: per_sample, or per_batch as in the published trainer. guidance: FLUX's embedded guidance."""
+    """timesteps: per_sample, or per_batch as in the published trainer. guidance: FLUX's embedded guidance.
+
+    density: of noise levels, uniform or logit_normal. shift: 3 as published; more pixels want more. weighting of the
+    levels in the loss: published (largest in the middle) or none; weights have mean 1 whatever the density.
+    condition_dropout: share of samples whose condition is the empty prompt, which classifier-free guidance asks about.
+    """
 
     timesteps: str
+    density: str
+    shift: float
+    weighting: str
+    condition_dropout: float
     guidance: float
+
+    def check(self) -> None:
+        one_of("objective.timesteps", self.timesteps, "per_sample", "per_batch")
+        one_of("objective.density", self.density, "uniform", "logit_normal")
+        one_of("objective.weighting", self.weighting, "published", "none")
+        positive("objective", self, "shift")
+        if not 0 <= self.condition_dropout <= 1:
+            raise UserError(f"objective.condition_dropout is {self.condition_dropout}; it must be from 0 to 1")
+
+
+@dataclass
+class EditingObjective(DecoderObjective):
+    """reference: whether the decoder sees the source's 324 tokens, or the target's 81 alone."""
+
+    reference: bool
 
 
 @dataclass
@@ -271,14 +308,24 @@ class DecoderInit:
 
 
 @dataclass
+class EditingInit(DecoderInit):
+    """projector: where the projector's layer comes from, `qwen` (layer 0 of model.qwen) or `random`."""
+
+    projector: str
+
+
+@dataclass
 class DecoderConfig(StageConfig):
     model: DiffusionConfig
     init: DecoderInit
     objective: DecoderObjective
     sampling: SamplingConfig
     optim: OptimConfig
+    average: AverageConfig
     trainer: TrainerConfig
     shards: PathStr
+    heldout: HeldoutConfig
+    samples: Annotated[SamplesConfig, RUNTIME]
     logger: Annotated[LoggerConfig, RUNTIME]
 
     trains: ClassVar[bool] = True
@@ -294,7 +341,8 @@ class DecoderConfig(StageConfig):
             raise UserError(
                 "init.transformer has no effect beside init.decoder, which brings its own; give one of them"
             )
-        one_of("objective.timesteps", self.objective.timesteps, "per_sample", "per_batch")
+        self.objective.check()
+        self.average.check()
 
     def inputs(self) -> dict[str, Path]:
         inputs = {"shards": Path(self.shards), "model.flux": Path(self.model.flux)}
@@ -326,9 +374,15 @@ class GenerationDecoderConfig(DecoderConfig):
 @dataclass
 class EditingDecoderConfig(DecoderConfig):
     model: ModelConfig
+    init: EditingInit
+    objective: EditingObjective
 
     kind: ClassVar[str] = "editing_decoder"
     num_reference_tokens: ClassVar[int] = NUM_REFERENCE_TOKENS
+
+    def check(self) -> None:
+        super().check()
+        one_of("init.projector", self.init.projector, "qwen", "random")
 
     def inputs(self) -> dict[str, Path]:
         inputs = super().inputs()
