@@ -230,8 +230,10 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         inputs_embeds = replace_rows(inputs_embeds, target_mask, self.image_prefill_embeds(prefill_index_N))
         return SplicedInputs(inputs_embeds, target_mask, vision_ND[target_mask[image_mask]].detach())
 
-    def vision_embeds(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+    def vision_embeds(self, pixel_values: Tensor, image_grid_thw: Tensor | None) -> Tensor:
         """The vision tower's merged embeddings of all images, (N, D); without a graph where the tower is frozen."""
+        if image_grid_thw is None:
+            raise ValueError("pixel_values without image_grid_thw, which says how the patches make up images")
         visual = self.model.visual
         # Checkpointing makes even a frozen tower's inputs require gradients; its backward would be wasted.
         trained = any(parameter.requires_grad for parameter in visual.parameters())

@@ -75,8 +75,8 @@ def _attend(
 
     def attend(*of_sequences: Tensor) -> Tensor:
         """(sequences, length, heads, width) each."""
-        heads_first = (tensor.transpose(1, 2) for tensor in of_sequences)
-        return F.scaled_dot_product_attention(*heads_first, scale=self.scaling).transpose(1, 2)
+        q, k, v = (tensor.transpose(1, 2) for tensor in of_sequences)
+        return F.scaled_dot_product_attention(q, k, v, scale=self.scaling).transpose(1, 2)
 
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(bounds)]
@@ -95,4 +95,4 @@ def _attend(
     return self.proj(attended.flatten(1))
 
 
-qwen.Qwen2_5_VLVisionAttention.forward = _attend  # type: ignore[method-assign]
+qwen.Qwen2_5_VLVisionAttention.forward = _attend  # type: ignore[method-assign, assignment]

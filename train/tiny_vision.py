@@ -115,7 +115,8 @@ def fit_vision(
         torch.manual_seed(seed)
         reinitialise(tower)
         heads = Heads(tower.config.out_hidden_size, int(labels[TARGET_GRID].max()) + 1)
-    tower.to(device).train().requires_grad_(True)
+    module: nn.Module = tower  # transformers types `to` for whole models
+    module.to(device).train().requires_grad_(True)
     heads.to(device)
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)

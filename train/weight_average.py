@@ -9,6 +9,7 @@ number of processes and under any ZeRO stage.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -95,24 +96,24 @@ class WeightAverage:
         size = -(-len(flat) // self.world_size)
         return flat[self.rank * size : (self.rank + 1) * size]
 
-    def _share(self, parameter: nn.Parameter) -> Tensor:
+    def _share(self, parameter: Any) -> Tensor:
         """This process's part of the weights as the model uses them; a view where they are whole."""
         if not hasattr(parameter, "ds_id"):
             return self._cut(parameter.detach().view(-1))
         return self._unpadded(parameter.ds_tensor.detach(), parameter)
 
-    def _master_share(self, parameter: nn.Parameter) -> Tensor:
+    def _master_share(self, parameter: Any) -> Tensor:
         """The same of the optimizer's float32 copy, where there is one in the same cut."""
         if not hasattr(parameter, "ds_id"):
             return self._share(parameter)
         return self._unpadded(safe_get_local_fp32_param(parameter), parameter)
 
-    def _unpadded(self, share: Tensor, parameter: nn.Parameter) -> Tensor:
+    def _unpadded(self, share: Tensor, parameter: Any) -> Tensor:
         """ZeRO-3 fills the last shares up."""
         size = -(-parameter.ds_numel // self.world_size)
         return share.view(-1)[: max(0, min(size, parameter.ds_numel - self.rank * size))]
 
-    def _whole(self, share: Tensor, parameter: nn.Parameter) -> Tensor:
+    def _whole(self, share: Tensor, parameter: Any) -> Tensor:
         """Gathered from all processes, in the parameter's shape, on the device."""
         shape = getattr(parameter, "ds_shape", parameter.shape)
         numel = shape.numel()
