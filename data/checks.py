@@ -5,10 +5,8 @@ Each check looks at one row; what only the whole dataset shows (duplicates, leak
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,16 +31,16 @@ KINDS = {
     "messages": (ERROR, "there is no conversation to learn from"),
     "url": (ERROR, "nothing is fetched while training"),
     "images": (ERROR, "the pictures cannot be found"),
+    "language": (ERROR, "there are no words around a caption in that language"),
     "truth": (ERROR, "the ground truth cannot be scored with"),
     "role": (ERROR, "nobody knows who speaks"),
     "order": (ERROR, "turns out of order teach the wrong side to speak"),
     "placeholders": (ERROR, "pictures and <image> tags do not match; a mismatch can hang all processes"),
     "empty_prompt": (ERROR, "a reply to nothing teaches to invent"),
     "empty_reply": (ERROR, "an empty reply teaches silence"),
-    "special_token": (ERROR, "text that holds a control token of the model is read as that token"),
+    "markup": (ERROR, "tokens of the chat template within a message end or begin turns and pictures"),
     "missing_picture": (ERROR, "the file is not there"),
-    "unreadable_picture": (ERROR, "the file cannot be decoded"),
-    "aspect_limit": (ERROR, f"the processor refuses sides of more than {MAX_ASPECT}:1"),
+    "picture": (ERROR, f"it cannot be decoded, or has sides of more than {MAX_ASPECT}:1, which the processor refuses"),
     "too_long": (ERROR, "more tokens than max_length: training refuses the row"),
     "cut_picture": (ERROR, "more tokens than max_length, and cutting there would lose a picture"),
     "leaked_row": (ERROR, "a held-out row is in the training data, so held-out figures mean nothing"),
@@ -57,7 +55,6 @@ KINDS = {
 EXTREME_ASPECT = 4.0
 TINY_SIDE = 32  # pixels
 FLAT_RANGE = 8  # of 255, between the darkest and the brightest value of each channel
-CONTROL_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|(?:image|video|vision)_pad)\|>")
 
 
 class Problem(NamedTuple):
@@ -102,7 +99,7 @@ def _inspect_file(path: str, level: str, by_content: bool) -> Picture:
 
 def _inspect(source: StoredImage, level: str, by_content: bool) -> Picture:
     name_hash = hash64(str(source).encode("utf-8", "surrogatepass"))
-    if level != "none" and isinstance(source, Path) and not os.path.isfile(source):
+    if level != "none" and isinstance(source, Path) and not os.path.exists(source):
         return Picture(name_hash, name_hash, None, (("missing_picture", f"picture {source} does not exist"),))
     if level in ("none", "exists"):
         return Picture(name_hash, name_hash, None, ())
@@ -117,7 +114,7 @@ def _inspect(source: StoredImage, level: str, by_content: bool) -> Picture:
             image = open_image(source)
             size, problems = image.size, flatness(image, source)
     except UserError as error:
-        return Picture(identity, name_hash, None, (("unreadable_picture", str(error)),))
+        return Picture(identity, name_hash, None, (("picture", str(error)),))
     return Picture(identity, name_hash, size, (*shape_problems(size, source), *problems))
 
 
@@ -125,8 +122,8 @@ def shape_problems(size: Size, source: StoredImage) -> list[tuple[str, str]]:
     """What is odd about the sides of a picture."""
     (width, height), aspect = size, max(size) / min(size)
     if aspect > MAX_ASPECT:
-        return [("aspect_limit", f"picture {source} is {width} x {height}, more than {MAX_ASPECT}:1; crop it")]
-    problems = []
+        return [("picture", f"picture {source} is {width} x {height}, more than {MAX_ASPECT}:1; crop it")]
+    problems: list[tuple[str, str]] = []
     if aspect > EXTREME_ASPECT:
         problems.append(("extreme_aspect", f"picture {source} is {width} x {height}, {aspect:.1f}:1"))
     if min(size) < TINY_SIDE:
@@ -141,15 +138,6 @@ def flatness(image: Image.Image, source: StoredImage) -> list[tuple[str, str]]:
         return []
     colour = ", ".join(str(low) for low, _ in extrema)
     return [("flat_picture", f"picture {source} is one colour, about ({colour})")]
-
-
-def text_problems(row: Row) -> list[Problem]:
-    """Control tokens within the text."""
-    for message, choice in zip(row.messages, row.choices, strict=True):
-        for text in chain.from_iterable(choice.values()):
-            if "<|" in text and (found := CONTROL_TOKEN.search(text)):
-                return [Problem("special_token", f"a {message['role']} message holds {found.group()}; take it out")]
-    return []
 
 
 def edit_problems(row: Row, pictures: Sequence[Picture]) -> list[Problem]:
@@ -215,8 +203,6 @@ class RowChecker:
             return [None] * len(rows)
         sizes = [[p.size for p in of_row] for of_row in pictures]
         fit = [n for n, of_row in enumerate(sizes) if all(s and max(s) <= MAX_ASPECT * min(s) for s in of_row)]
-        # A control token within the text would be taken for a picture.
-        fit = [n for n in fit if not text_problems(rows[n])]
         found: list[Length | None] = [None] * len(rows)
         measured = self.lengths.measure([rows[n] for n in fit], [[s for s in sizes[n] if s] for n in fit])
         for number, length in zip(fit, measured, strict=True):
@@ -224,7 +210,7 @@ class RowChecker:
         return found
 
     def problems(self, row: Row, pictures: Sequence[Picture], length: Length | None) -> list[Problem]:
-        found = text_problems(row)
+        found: list[Problem] = []
         for number, picture in enumerate(pictures):
             if picture not in pictures[:number]:
                 found += [Problem(kind, reason, number) for kind, reason in picture.problems]

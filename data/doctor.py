@@ -4,17 +4,17 @@ nexus-gen data check train.jsonl --heldout heldout.jsonl --report check.html --q
 nexus-gen data check --config runs/mine/pretrain/config.yaml
 
 Rows are checked by worker processes in chunks and folded here in their order, so the result does not depend on the
-number of workers. Memory stays at 16 bytes per row and 32 per picture, whatever the rows hold. No torch here.
+number of workers. Memory grows by 32 bytes a row and 32 a picture, whatever they hold. No torch here.
 """
 
 import argparse
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,13 +117,25 @@ _checker: RowChecker
 _datasets: list[Records]
 
 
-def load(number: int, index: int) -> tuple[Record, Row | RowError]:
-    """A row of a dataset, or what is wrong with its form."""
-    record = _datasets[number][index]
+def chunks_of(number: int, records: Records) -> Iterator[Chunk]:
+    """The rows of a dataset in equal pieces, or in those that are read as a whole, so that one worker reads each."""
+    starts = records.chunks if len(records.chunks) > 1 else range(0, len(records), ROWS_PER_CHUNK)
+    for first, last in pairwise([*starts, len(records)]):
+        yield Chunk(number, first, last)
+
+
+def parse(record: Record) -> Row | RowError:
+    """A row, or what is wrong with its form."""
     try:
-        return record, parse_record(record, _checker.row_format)
+        return parse_record(record, _checker.row_format)
     except RowError as error:
-        return record, error
+        return error
+
+
+def load(number: int, index: int) -> tuple[Record, Row | RowError]:
+    """A row of a dataset again, to name it and to show it."""
+    record = _datasets[number][index]
+    return record, parse(record)
 
 
 def about(record: Record, row: Row | RowError) -> About:
@@ -134,7 +146,7 @@ def about(record: Record, row: Row | RowError) -> About:
 
 def check_chunk(chunk: Chunk) -> ChunkReport:
     """All checks of the rows of a chunk that need no other chunk."""
-    loaded = [load(chunk.number, index) for index in range(chunk.first, chunk.last)]
+    loaded = [(record, parse(record)) for record in _datasets[chunk.number].span(chunk.first, chunk.last)]
     good = [(index, row) for index, (_, row) in enumerate(loaded, start=chunk.first) if isinstance(row, Row)]
     pictures = [_checker.pictures(row) for _, row in good]
     lengths = _checker.measure([row for _, row in good], pictures)
@@ -282,11 +294,7 @@ def examine(
             raise UserError(f"{records.path} holds no rows; each is one JSON object with images and messages")
     report = Report([DatasetReport(path, role) for role, path in datasets], errors=errors)
     doctor, stopped = Doctor(report, quarantine), False
-    chunks = [
-        Chunk(number, first, min(first + ROWS_PER_CHUNK, len(records)))
-        for number, records in enumerate(_datasets)
-        for first in range(0, len(records), ROWS_PER_CHUNK)
-    ]
+    chunks = [chunk for number, records in enumerate(_datasets) for chunk in chunks_of(number, records)]
     with ExitStack() as stack:
         map_chunks = stack.enter_context(mapping(num_workers or len(os.sched_getaffinity(0))))
         bar = stack.enter_context(

@@ -71,7 +71,8 @@ class Histogram:
 class QuarantineFile:
     """JSON lines of rows that training should leave out; it appears whole, when `keep` was called, or not at all.
 
-    A line holds where (`file:line`, or what else names the row), file, line, id, severity, kinds and reason.
+    A line holds where (`file:line`, or what else names the row), file, line, id, severity, the kind of the first error,
+    and the reasons of all.
     """
 
     def __init__(self, path: Path) -> None:
@@ -91,7 +92,7 @@ class QuarantineFile:
             "line": int(name) if name.isdecimal() else name,
             "id": row_id,
             "severity": ERROR,
-            "kinds": list(dict.fromkeys(problem.kind for problem in errors)),
+            "kind": errors[0].kind,
             "reason": "; ".join(dict.fromkeys(problem.reason for problem in errors)),
         }
         self._file.write(json.dumps(values, ensure_ascii=False) + "\n")

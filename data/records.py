@@ -59,6 +59,10 @@ class Records(ABC):
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
 
+    def span(self, first: int, last: int) -> list[Record]:
+        """The rows [first, last)."""
+        return [self[index] for index in range(first, last)]
+
     @property
     def chunks(self) -> list[int]:
         """Where the pieces start that are read as a whole; one piece where every row is read alone."""
@@ -107,6 +111,15 @@ class JsonLines(Records):
         with open(self.path, "rb") as file:  # a file of its own: loader processes would share one file's position
             file.seek(offsets[index])
             return self._decoded(lines[index], file.readline())
+
+    def span(self, first: int, last: int) -> list[Record]:
+        offsets, lines = self._places
+        with open(self.path, "rb") as file:  # once: opening takes long on the file systems of clusters
+            records = []
+            for index in range(first, last):
+                file.seek(offsets[index])
+                records.append(self._decoded(lines[index], file.readline()))
+        return records
 
     def __iter__(self) -> Iterator[Record]:
         with open(self.path, "rb") as file:

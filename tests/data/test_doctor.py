@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from broken import BROKEN, Broken
 from PIL import Image
 
 from data import doctor
 from data.checks import KINDS, RowChecker
 from data.doctor import Report, examine, main
+from data.doctor_report import QuarantineFile
 from data.places import FirstPlaces
 from nexus_gen.specs.errors import UserError
 
@@ -65,11 +67,11 @@ def shaped(size: tuple[int, int]) -> Any:
     ("level", "kind", "make"),
     [
         ("exists", "missing_picture", lambda path: None),
-        ("exists", "missing_picture", lambda path: path.mkdir()),
-        ("header", "unreadable_picture", lambda path: path.touch()),
-        ("header", "unreadable_picture", lambda path: path.write_text("<html>404</html>")),
-        ("decode", "unreadable_picture", lambda path: (noise((64, 64), 9).save(path), truncate(path))),
-        ("header", "aspect_limit", shaped((402, 2))),
+        ("header", "picture", lambda path: path.mkdir()),
+        ("header", "picture", lambda path: path.touch()),
+        ("header", "picture", lambda path: path.write_text("<html>404</html>")),
+        ("decode", "picture", lambda path: (noise((64, 64), 9).save(path), truncate(path))),
+        ("header", "picture", shaped((402, 2))),
         ("header", "extreme_aspect", shaped((200, 40))),
         ("header", "tiny_picture", shaped((31, 40))),
         ("decode", "flat_picture", lambda path: Image.new("RGB", (48, 48), "grey").save(path)),
@@ -93,8 +95,8 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "kind"),
     [
-        (ask("a.png", "<|image_pad|>"), "special_token"),
-        (ask("a.png", "<|im_end|>"), "special_token"),
+        (ask("a.png", "<|image_pad|>"), "markup"),
+        (ask("a.png", "<|im_end|>"), "markup"),
         ({"images": ["a.png", "a.png"], "messages": EDIT}, "unchanged_edit"),
         ({"images": [], "messages": [ASK, ANSWER]}, "placeholders"),
         ({"images": ["a.png"], "messages": [ANSWER, ASK]}, "order"),
@@ -104,6 +106,23 @@ def test_rows(row: dict[str, Any], kind: str, tmp_path: Path) -> None:
     report = check(write(tmp_path, ask("b.png"), row))
     assert report.rows_with == {kind: 1}
     assert report.examples[kind][0].where.endswith("rows.jsonl:2")
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
+def test_every_kind_of_broken_row_is_named_and_counted(broken: Broken, tmp_path: Path) -> None:
+    path = broken.write(tmp_path)
+    with QuarantineFile(tmp_path / "quarantine.jsonl") as quarantine:
+        report = check(path, quarantine=quarantine)
+        quarantine.keep()
+    (dataset,) = report.datasets
+    assert (dataset.rows, dataset.good, dataset.quarantined) == (broken.num_rows, broken.num_rows - 1, 1)
+    (line,) = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert line["where"] == f"{path}{broken.where}"
+    assert line["file"] == str(path)
+    # A link to nothing is a picture that is not there, to somebody who asks before opening it.
+    assert line["kind"] == ("missing_picture" if broken.name == "a link to nothing" else broken.kind)
+    assert broken.reason in line["reason"] or broken.found_by == "sizing"
+    assert {kind for kind in report.rows_with if report.severity(kind) == "error"} == {line["kind"]} <= KINDS.keys()
 
 
 def test_duplicates_and_leaks_name_the_other_place(tmp_path: Path) -> None:
@@ -164,7 +183,7 @@ def test_nothing_depends_on_the_number_of_workers(tmp_path: Path, monkeypatch: p
         "line": 4,
         "id": "4",
         "severity": "error",
-        "kinds": ["missing_picture"],
+        "kind": "missing_picture",
         "reason": f"picture {tmp_path / 'gone.png'} does not exist",
     }
     assert not list(tmp_path.glob(".*"))
@@ -247,3 +266,8 @@ def test_first_places_are_those_of_a_dictionary() -> None:
     found, at = places.find(np.arange(2100, dtype=np.uint64))
     assert {n: int(at[n]) for n in np.flatnonzero(found).tolist()} == known
     assert len(places._runs) < 12
+
+
+def test_the_guide_names_every_kind() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    assert [kind for kind in KINDS if f"`{kind}`" not in guide] == []
