@@ -7,16 +7,24 @@ embeddings and vision_end yields the 81 embeddings and the next text token: one 
 Legend: B rows, L new positions of a step, D width, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from nexus_gen.autoregressive import NexusGenForConditionalGeneration, index_within_runs
+from nexus_gen.autoregressive import (
+    NexusGenForConditionalGeneration,
+    index_within_runs,
+    predicts,
+    prefill_indices,
+    replace_rows,
+)
 from nexus_gen.compat import ensure_torchvision
+from nexus_gen.packed_vision import PackedVisionTower, VisionTower
 from nexus_gen.specs.geometry import MERGE_SIZE, NUM_TARGET_TOKENS, TARGET_GRID
 
 ensure_torchvision()
@@ -29,10 +37,10 @@ from transformers.generation import (  # noqa: E402
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel  # noqa: E402
 
 TARGET_SIDE = TARGET_GRID // MERGE_SIZE  # 9 merged tokens
 PositionsAfterImage = Literal["published", "trained"]
+DecoderLayer = Callable[[nn.Module, Tensor, tuple[Tensor, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -153,20 +161,77 @@ def generate_reply(
     return Reply(torch.cat([input_ids, padded], dim=1), new_tokens, decoding.image_embeds)
 
 
-@torch.no_grad()
-def teacher_forced_embeddings(model: NexusGenForConditionalGeneration, batch: Mapping[str, Tensor]) -> list[Tensor]:
+def decoder_layer(module: nn.Module, hidden_BSD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """One layer of the language model over whole rows: causal without a mask, no cache."""
+    return module(hidden_BSD, attention_mask=None, position_embeddings=rotary, use_cache=False)
+
+
+@lru_cache(maxsize=1)
+def compiled_decoder_layer() -> DecoderLayer:
+    """`decoder_layer`, compiled at its first call: one graph for all layers and shapes, in about a minute on a GPU."""
+    return torch.compile(decoder_layer, dynamic=True)
+
+
+@torch.inference_mode()
+def teacher_forced_embeddings(
+    model: NexusGenForConditionalGeneration,
+    batch: Mapping[str, Tensor],
+    tower: PackedVisionTower | None = None,
+    layer: DecoderLayer = decoder_layer,
+) -> list[Tensor]:
     """The embeddings that the model predicts for every target image of a batch, in order, (81, D) each.
 
-    batch: what `forward` takes, labels included.
+    batch: what `forward` takes, labels included, on any device (best on the CPU); rows padded on either side.
+    Only what these embeddings depend on is computed: neither logits nor the vision embeddings of target images, and
+    rows are moved to the left, so that attention is causal without a mask. tower: the model's own, packed.
+    layer: runs one decoder layer; `compiled_decoder_layer()` where compiling pays.
+    Raises ValueError when image tokens and pictures disagree in number.
     """
-    predicted_ND = model(**batch).predicted_embeds
-    starts = (index_within_runs(batch["labels"] == model.config.image_token_id) == 0).nonzero().flatten().tolist()
+    image_token = model.config.image_token_id
+    input_ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
+    present = batch.get("attention_mask", torch.ones_like(input_ids)).cpu()
+    to_left = present.argsort(dim=1, descending=True, stable=True)
+    input_ids, labels, present = (tensor.gather(1, to_left) for tensor in (input_ids, labels, present))
+    target_mask = labels == image_token
+    context_mask = (input_ids == image_token) & ~target_mask
+
+    grid_thw = batch["image_grid_thw"].cpu()
+    position_ids = model.rope_position_ids(input_ids, present, grid_thw).to(model.device)
+    target_mask, context_mask = target_mask.to(model.device), context_mask.to(model.device)
+    inputs_embeds = model.get_input_embeddings()(input_ids.to(model.device))
+    is_context = ~_is_target_image(input_ids == image_token, labels == image_token, grid_thw)
+    if bool(is_context.any()):
+        of_context = is_context.repeat_interleave(grid_thw.prod(1)).to(batch["pixel_values"].device)
+        vision_ND = vision_embeddings(
+            model if tower is None else tower, batch["pixel_values"][of_context], grid_thw[is_context]
+        )
+        inputs_embeds = replace_rows(inputs_embeds, context_mask, vision_ND)
+    hidden_BSD = replace_rows(inputs_embeds, target_mask, model.image_prefill_embeds(prefill_indices(target_mask)))
+
+    language_model = model.model.language_model
+    if language_model.config._attn_implementation == "eager":  # the only one that is not causal by itself
+        raise ValueError("teacher forcing without a mask needs attention that is causal by itself: use sdpa")
+    rotary = language_model.rotary_emb(hidden_BSD, position_ids)
+    for module in language_model.layers:
+        hidden_BSD = layer(module, hidden_BSD, rotary)
+    predicted_ND = model.vision_head(language_model.norm(hidden_BSD[predicts(target_mask)]))
+    starts = (index_within_runs(target_mask) == 0).nonzero().flatten().tolist()
     return [predicted_ND[start:end] for start, end in zip(starts, [*starts[1:], len(predicted_ND)], strict=True)]
 
 
-@torch.no_grad()
+def _is_target_image(image_mask: Tensor, target_mask: Tensor, grid_thw: Tensor) -> Tensor:
+    """Of each image of a batch in row order, whether its first token is a label, (images,)."""
+    tokens = grid_thw.prod(1) // MERGE_SIZE**2
+    if int(tokens.sum()) != int(image_mask.sum()):
+        raise ValueError(
+            f"{int(image_mask.sum())} image tokens in the sequences but {int(tokens.sum())} image embeddings"
+        )
+    return target_mask[image_mask][tokens.cumsum(0) - tokens]
+
+
+@torch.inference_mode()
 def vision_embeddings(
-    model: NexusGenForConditionalGeneration | Qwen2_5_VisionTransformerPretrainedModel,
+    model: NexusGenForConditionalGeneration | VisionTower | PackedVisionTower,
     pixel_values: Tensor,
     image_grid_thw: Tensor,
 ) -> Tensor:
@@ -174,8 +239,11 @@ def vision_embeddings(
 
     pixel_values: (patches, channels x 2 x patch x patch); image_grid_thw: (images, 3); N is the patches over 4.
     """
+    if isinstance(model, PackedVisionTower):
+        return model(pixel_values, image_grid_thw)
     tower = model.model.visual if isinstance(model, NexusGenForConditionalGeneration) else model
-    return tower(pixel_values.to(tower.dtype), grid_thw=image_grid_thw).pooler_output
+    pixels = pixel_values.to(tower.device, tower.dtype)
+    return tower(pixels, grid_thw=image_grid_thw.to(tower.device)).pooler_output
 
 
 class _Decoding:

@@ -85,6 +85,20 @@ def index_within_runs(mask_BS: Tensor) -> Tensor:
     return (position_S - start_BS)[mask_BS]
 
 
+def prefill_indices(target_mask_BS: Tensor) -> Tensor:
+    """Which prefill embedding stands at each True position, (N,).
+
+    Raises ValueError when a target image has more tokens than there are prefill embeddings.
+    """
+    index_N = index_within_runs(target_mask_BS)
+    if index_N.numel() and int(index_N.max()) >= NUM_TARGET_TOKENS:
+        raise ValueError(
+            f"a target image has {int(index_N.max()) + 1} tokens, more than the {NUM_TARGET_TOKENS} "
+            "prefill embeddings; resize it to 18 x 18 patches"
+        )
+    return index_N
+
+
 def replace_rows(embeds_BSD: Tensor, mask_BS: Tensor, rows_ND: Tensor) -> Tensor:
     """A copy of `embeds_BSD` with `rows_ND` at the True positions, in row-major order.
 
@@ -220,12 +234,7 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             vision_ND = self.vision_embeds(pixel_values, image_grid_thw)
         inputs_embeds = replace_rows(inputs_embeds, image_mask, vision_ND)
 
-        prefill_index_N = index_within_runs(target_mask)
-        if prefill_index_N.numel() and int(prefill_index_N.max()) >= NUM_TARGET_TOKENS:
-            raise ValueError(
-                f"a target image has {int(prefill_index_N.max()) + 1} tokens, more than the {NUM_TARGET_TOKENS} "
-                "prefill embeddings; resize it to 18 x 18 patches"
-            )
+        prefill_index_N = prefill_indices(target_mask)
         # The module, not its weight: under ZeRO-3 the weight exists only inside the module's own forward.
         inputs_embeds = replace_rows(inputs_embeds, target_mask, self.image_prefill_embeds(prefill_index_N))
         return SplicedInputs(inputs_embeds, target_mask, vision_ND[target_mask[image_mask]].detach())
