@@ -104,23 +104,42 @@ def read_rows(path: str | os.PathLike[str], row_format: str = AUTO) -> Iterator[
         yield parse_record(record, row_format)
 
 
-def check_rows(path: str | os.PathLike[str], check_images: Literal["exists", "open"]) -> Summary:
-    """Read every row; check_images: `exists` asks the file system, `open` decodes each picture.
+def check_rows(
+    path: str | os.PathLike[str],
+    check_images: Literal["exists", "open"],
+    row_format: str = AUTO,
+    max_bad_fraction: float = 0.0,
+) -> Summary:
+    """Read every row of a dataset file; check_images: `exists` asks the file system, `open` decodes each picture.
 
-    Raises UserError at the first broken row, and for a file without rows.
+    Raises UserError with the first broken row and the number of all when they are more than max_bad_fraction of the
+    rows, and for a file without rows.
     """
     summary = Summary()
     missing_picture = MissingPictures()
-    for row in read_rows(path):
-        if error := missing_picture.of(row):
-            raise error
-        if check_images == "open":
-            for image in row.images:
-                open_image(image)
+    num_bad, first = 0, None
+    for record in read_records(path):
         summary.rows += 1
-        summary.tasks[row.task] += 1
+        try:
+            row = parse_record(record, row_format)
+            if error := missing_picture.of(row):
+                raise error
+            if check_images == "open":
+                for image in row.images:
+                    open_image(image)
+        except UserError as error:
+            num_bad += 1
+            first = first or error
+        else:
+            summary.tasks[row.task] += 1
     if not summary.rows:
         raise UserError(f"{path} holds no rows; a row is one JSON object with images and messages")
+    if first and num_bad > max_bad_fraction * summary.rows:
+        if num_bad == 1:
+            raise first
+        raise UserError(
+            f"{first} ({num_bad} of {summary.rows} rows are broken; `nexus-gen data check {path}` names all)"
+        )
     return summary
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel as VisionTower
 
-from data.messages import Row, read_rows
+from data.messages import Row
+from data.mixture import read_dataset
 from data.shards import Sample, ShardSpec, index_shard, write_shard
 from nexus_gen.ar_checkpoint import load_autoregressive, load_processor, load_vision_tower
 from nexus_gen.ar_generation import teacher_forced_embeddings, vision_embeddings
@@ -94,7 +95,7 @@ class EmbedStage(Stage[EmbedConfig]):
         size = self.config.embed.samples_per_shard
         shards = []
         for split in SPLITS:
-            of_task = [row for row in read_rows(getattr(self.config.data, split)) if row.task == self.config.task]
+            of_task = [row for row in read_dataset(getattr(self.config.data, split)) if row.task == self.config.task]
             rows = [row for row in of_task if row.messages[-1]["content"].count(IMAGE_TAG) == 1]
             if len(rows) < len(of_task) and self.rank == 0:
                 left_out = len(of_task) - len(rows)

@@ -24,13 +24,15 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
 import train.deepspeed_mends  # noqa: F401
+from data.mixture import Mixture
 from nexus_gen.ar_checkpoint import save_autoregressive
 from nexus_gen.autoregressive import LossWeights
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import TARGET_GRID
-from train.message_stream import MessageFile, MessageStream
+from train.message_stream import MessageStream, Quarantine
 from train.metrics import MetricsLogger, latest
+from train.schemas.run_directory import QUARANTINE
 from train.schemas.stages import PretrainConfig
 from train.stage import Stage
 from train.swift_callbacks import (
@@ -125,24 +127,40 @@ class PretrainPipeline(SwiftSft):
         )
 
     def _prepare_dataset(self) -> list[Any]:
-        """Rows straight from the JSONL: swift would copy them into a cache outside the run."""
+        """Rows straight from their files: swift would copy them into a cache outside the run."""
         trainer = self.config.trainer
+        mixture = Mixture(self.config.data.train, self.config.seed)
+        num_samples = trainer.max_steps * trainer.global_batch_size
+        for source, count in zip(mixture.spec.sources, mixture.counts, strict=True):
+            log.info("%d rows of an epoch from %s", count, source.path)
+        epochs = num_samples / mixture.epoch_rows
+        log.info("%d steps are %.2f epochs of %d rows", trainer.max_steps, epochs, mixture.epoch_rows)
+        self.quarantine = self._quarantine(mixture)
         stream = MessageStream(
-            MessageFile(self.config.data.train),
+            mixture,
             self.template.encode,
-            num_samples=trainer.max_steps * trainer.global_batch_size,
+            self.quarantine,
+            num_samples=num_samples,
             micro_batch_size=trainer.micro_batch_size,
             world_size=self.world_size,
-            seed=self.config.seed,
         )
         return [stream, None]
 
+    def _quarantine(self, mixture: Mixture, *inside: str) -> Quarantine:
+        return Quarantine(
+            self.config.run_dir.joinpath(QUARANTINE, *inside),
+            self.rank,
+            max_bad_fraction=self.config.data.max_bad_fraction,
+            num_rows=len(mixture),
+        )
+
     def _heldout_batches(self) -> list[dict[str, Tensor]]:
         """The first held-out rows of an order that never changes, collated."""
-        rows = MessageFile(self.config.data.heldout)
-        count, size = min(self.config.heldout.num_samples, len(rows)), self.config.trainer.micro_batch_size
+        mixture = Mixture(self.config.data.heldout, HELDOUT_SEED)
+        count, size = min(self.config.heldout.num_samples, len(mixture)), self.config.trainer.micro_batch_size
+        quarantine = self._quarantine(mixture, "heldout")
         stream = MessageStream(
-            rows, self.template.encode, num_samples=count, micro_batch_size=1, world_size=1, seed=HELDOUT_SEED
+            mixture, self.template.encode, quarantine, num_samples=count, micro_batch_size=1, world_size=1
         )
         return [
             self.template.data_collator([stream[index] for index in range(first, min(first + size, count))])
@@ -192,6 +210,8 @@ class PretrainPipeline(SwiftSft):
         finally:
             metrics.close()
         self.finished = trainer.state.global_step >= config.trainer.max_steps
+        if num_bad := len(self.quarantine):
+            log.warning("%d rows were bad and others took their places; %s names them", num_bad, QUARANTINE)
         return {}
 
     def restore_config(self) -> None:

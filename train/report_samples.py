@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from PIL import Image
 
-from data.messages import Row, read_rows
+from data.messages import Row
+from data.mixture import read_dataset
 from nexus_gen.ar_checkpoint import load_autoregressive
 from nexus_gen.inference import NexusGen
 from nexus_gen.specs.images import open_image
@@ -86,7 +87,7 @@ def words(row: Row) -> str:
 
 def draw_samples(run: Path, heldout: Path, num_samples: int, device: str) -> Samples:
     """Paint and answer the first held-out rows of each task; noise is the same before and after."""
-    rows = list(read_rows(heldout))
+    rows = list(read_dataset(heldout))
     untrained, trained = models(run, "generation_decoder", device)
     generation = []
     for row in first_rows(rows, "generation", num_samples):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from data.messages import read_rows
+from data.mixture import read_dataset
 from data.shapes import draw_rows
 from nexus_gen.specs.images import cover_crop, open_image
 from train.schemas.stages import ShapesStageConfig, StandinsStageConfig
@@ -27,7 +27,7 @@ class StandinsStage(Stage[StandinsStageConfig]):
         return True
 
     def fill(self, directory: Path) -> dict[str, Any]:
-        rows = list(read_rows(Path(self.config.data.train)))
+        rows = list(read_dataset(Path(self.config.data.train)))
         words = [text for row in rows for choice in row.choices for texts in choice.values() for text in texts]
         scenes = {
             picture: scene

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from swift.model import ModelLoader, ModelMeta, register_model
-from swift.template import MaxLengthError, Template, register_template
+from swift.template import Template, register_template
 from swift.template.template_inputs import StdTemplateInputs
 from swift.template.templates.qwen import Qwen2_5VLTemplate, QwenTemplateMeta
 from torch import Tensor
@@ -21,6 +21,7 @@ from nexus_gen.conversation import bound, patches, target_size
 from nexus_gen.specs.geometry import MERGE_SIZE
 from nexus_gen.specs.images import open_image, squash
 from nexus_gen.specs.prompts import IMAGE_TAG
+from train.message_stream import TooLong
 
 NAME = "nexus_gen"
 IMAGE_TOKEN = "<|image_pad|>"
@@ -85,7 +86,7 @@ class NexusGenTemplate(Qwen2_5VLTemplate):
     def _encode(self, inputs: StdTemplateInputs) -> dict[str, Any]:
         """input_ids and labels as lists of S, pixel_values (patches, values) and image_grid_thw (images, 3).
 
-        Raises MaxLengthError for a row of more than `max_length` tokens, and ValueError when the text itself
+        Raises TooLong for a row of more than `max_length` tokens, and ValueError when the text itself
         holds an image token.
         """
         roles = [message["role"] for message in inputs.messages for _ in range(message["content"].count(IMAGE_TAG))]
@@ -104,7 +105,7 @@ class NexusGenTemplate(Qwen2_5VLTemplate):
         counts = (grids.prod(dim=1) // MERGE_SIZE**2).tolist()
         encoded["input_ids"], encoded["labels"] = self._expand_images(encoded["input_ids"], encoded["labels"], counts)
         if len(encoded["input_ids"]) > self.max_length:
-            raise MaxLengthError(
+            raise TooLong(
                 f"{len(encoded['input_ids'])} tokens where data.max_length is {self.max_length}; raise it, lower "
                 "data.max_pixels, or shorten the row"
             )

@@ -16,9 +16,10 @@ from torch import distributed
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState
 
+from data.mixture import Mixture
 from nexus_gen.autoregressive import NexusGenOutput
 from nexus_gen.specs.errors import UserError
-from train.message_stream import MessageFile, MessageStream
+from train.message_stream import MessageStream, Quarantine
 from train.swift_callbacks import (
     COMPLETE,
     StepCheckpoints,
@@ -160,8 +161,14 @@ def test_half_written_checkpoints_are_removed(tmp_path: Path) -> None:
 
 def test_a_loader_process_outlives_the_sigterm_of_its_process_group(tmp_path: Path) -> None:
     path = write_rows(tmp_path)
+    quarantine = Quarantine(tmp_path / "bad", 0, max_bad_fraction=0.0, num_rows=5)
     stream = MessageStream(
-        MessageFile(path), lambda row: {"pid": os.getpid()}, num_samples=40, micro_batch_size=1, world_size=1, seed=0
+        Mixture(path, seed=0),
+        lambda row: {"pid": os.getpid()},
+        quarantine,
+        num_samples=40,
+        micro_batch_size=1,
+        world_size=1,
     )
     batches = iter(DataLoader(stream, batch_size=1, num_workers=1, prefetch_factor=1))
     loader_process = int(next(batches)["pid"])

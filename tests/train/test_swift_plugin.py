@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_qwen import PATCH_SIZE, ROWS, write_checkpoint, write_rows
 
+from data.mixture import Mixture
 from nexus_gen.ar_checkpoint import load_autoregressive, load_processor
 from nexus_gen.autoregressive import IGNORE_INDEX, NexusGenForConditionalGeneration
 from nexus_gen.conversation import encode
@@ -19,7 +20,7 @@ from nexus_gen.specs.artifact import verify
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import NUM_TARGET_TOKENS, TARGET_GRID
 from nexus_gen.specs.images import open_image
-from train.message_stream import MessageFile, MessageStream
+from train.message_stream import MessageStream, Quarantine
 from train.swift_plugin import NAME, NexusGenTemplate
 
 MAX_PIXELS = 3000  # less than either picture has
@@ -125,46 +126,35 @@ def test_padding_changes_no_loss(template: NexusGenTemplate, rows: Path) -> None
     torch.testing.assert_close(losses(padded), alone, rtol=1e-5, atol=0)  # measured 3e-7
 
 
-def stream(path: Path, encode_row: Any, **options: Any) -> MessageStream:
-    options = {"num_samples": 20, "micro_batch_size": 2, "world_size": 1, "seed": 3, **options}
-    return MessageStream(MessageFile(path), encode_row, **options)
+def stream(path: Path, encode_row: Any, max_bad_fraction: float = 0.0) -> MessageStream:
+    mixture = Mixture(path, seed=3)
+    quarantine = Quarantine(path.parent / "bad", 0, max_bad_fraction=max_bad_fraction, num_rows=len(mixture))
+    return MessageStream(mixture, encode_row, quarantine, num_samples=20, micro_batch_size=2, world_size=1)
 
 
 def test_too_long_a_row_stops_with_both_numbers(qwen: Path, rows: Path) -> None:
     short = build_template(qwen, max_length=120)
     assert len(short.encode(swift_row("text", rows))["input_ids"]) <= 120
-    messages = stream(rows, short.encode)
-    long_rows = [index for index in range(5) if messages.row_index(index) == list(ROWS).index("editing")]
-    with pytest.raises(UserError, match=rf"{rows}:3: \d+ tokens where data.max_length is 120"):
-        messages[long_rows[0]]
+    with pytest.raises(UserError, match=rf"{rows}:\d: \d+ tokens where data.max_length is 120"):
+        list(map(stream(rows, short.encode).__getitem__, range(5)))
 
 
 def test_a_missing_picture_is_named_with_its_row(template: NexusGenTemplate, tmp_path: Path) -> None:
     path = write_rows(tmp_path)
     (tmp_path / "wide.png").unlink()
-    messages = stream(path, template.encode)
-    first = next(index for index in range(5) if messages.row_index(index) == 0)
-    with pytest.raises(UserError, match=r"train.jsonl:1: picture .*wide.png does not exist"):
-        messages[first]
+    with pytest.raises(UserError, match=r"train.jsonl:\d: picture .*wide.png does not exist"):
+        list(map(stream(path, template.encode).__getitem__, range(5)))
 
 
-def test_every_epoch_has_every_row_in_an_order_of_its_own(rows: Path) -> None:
-    messages = stream(rows, dict)
-    order = [messages.row_index(index) for index in range(20)]
-    epochs = [tuple(order[start : start + 5]) for start in range(0, 20, 5)]
-    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
-    assert len(set(epochs)) > 1
-    assert order == [stream(rows, dict).row_index(index) for index in range(20)]
-
-
-@pytest.mark.parametrize("world_size", [2, 5])
-def test_micro_batches_do_not_depend_on_the_number_of_processes(world_size: int, rows: Path) -> None:
-    alone, shared = stream(rows, dict), stream(rows, dict, world_size=world_size)
-    expected = [[alone.position(index) for index in (start, start + 1)] for start in range(0, 20, 2)]
-    # swift's sampler deals indices out to ranks one by one, and each rank makes micro-batches of its own
-    of_rank = [[shared.position(index) for index in range(rank, 20, world_size)] for rank in range(world_size)]
-    found = [own[start : start + 2] for start in range(0, 20 // world_size, 2) for own in of_rank]
-    assert found == expected
+def test_bad_rows_are_replaced_where_they_may_be(qwen: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path)
+    (tmp_path / "wide.png").unlink()
+    short = build_template(qwen, max_length=120)
+    samples = list(map(stream(path, short.encode, max_bad_fraction=0.9).__getitem__, range(10)))
+    assert all(len(sample["input_ids"]) <= 120 for sample in samples)
+    quarantined = map(json.loads, (tmp_path / "bad" / "rank0.jsonl").read_text().splitlines())
+    kinds = {row["where"].rpartition(":")[2]: row["kind"] for row in quarantined}
+    assert kinds == {"1": "picture", "2": "length", "3": "picture", "5": "picture"}  # the fourth is the text
 
 
 @pytest.mark.slow

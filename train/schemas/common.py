@@ -208,9 +208,14 @@ class ModelConfig(DiffusionConfig, QwenConfig):
 
 @dataclass
 class MessagesConfig:
-    """Message datasets (JSONL). max_pixels bounds user-side images; max_length bounds tokens after image resizing."""
+    """Message datasets or mixtures of them. max_pixels bounds user-side images.
+
+    max_length: tokens of a row after image resizing; a longer row is bad, never cut. max_bad_fraction: of the rows read
+    so far (a thousand at least); bad rows are quarantined and replaced, and past this rate the run stops.
+    """
 
     max_length: int
     max_pixels: int
+    max_bad_fraction: Annotated[float, RUNTIME]
     train: PathStr
     heldout: PathStr

@@ -18,6 +18,7 @@ from train.schemas.stages import StageConfig
 
 PACKAGES = ("torch", "transformers", "ms-swift", "deepspeed", "lightning", "diffsynth", "webdataset", "safetensors")
 CHECKPOINTS = "checkpoints"
+QUARANTINE = "quarantine"  # the bad rows that training came across
 IDENTITY = "identity.json"  # beside the checkpoints: the config values and inputs that they belong to
 REQUEST = "from.json"  # in the run: the from=... that is under way
 
@@ -103,6 +104,7 @@ def prepare(config: StageConfig, wanted: dict[str, Any]) -> Path:
         if made_by(config, earlier) or not config.resume:
             shutil.rmtree(checkpoints)
             shutil.rmtree(config.artifact_dir.with_name("artifact.partial"), ignore_errors=True)
+            shutil.rmtree(config.run_dir / QUARANTINE, ignore_errors=True)
             (config.run_dir / "timing.jsonl").unlink(missing_ok=True)
         elif earlier != wanted:
             raise UserError(

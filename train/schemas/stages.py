@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from data.messages import check_rows
+from data.mixture import check_dataset, load_mixture
 from data.shapes import ShapesConfig
 from data.shards import ShardSpec, require_global_batch
 from nexus_gen.specs.artifact import Manifest
@@ -133,11 +133,11 @@ class StandinsStageConfig(StageConfig):
     kind: ClassVar[str] = "base_models"
 
     def inputs(self) -> dict[str, Path]:
-        return {"data.train": Path(self.data.train)}
+        return message_inputs("data.train", self.data.train)
 
     def preflight(self) -> None:
         super().preflight()
-        check_rows(Path(self.data.train), check_images="exists")
+        check_dataset(self.data.train)
 
 
 @dataclass
@@ -179,19 +179,21 @@ class PretrainConfig(StageConfig):
         self.logger.check()
         self.average.check()
         positive("data", self.data, "max_length", "max_pixels")
+        if not 0 <= self.data.max_bad_fraction < 1:
+            raise UserError(f"data.max_bad_fraction is {self.data.max_bad_fraction}; it must be in [0, 1)")
 
     def inputs(self) -> dict[str, Path]:
         return {
             "model.qwen": Path(self.model.qwen),
-            "data.train": Path(self.data.train),
-            "data.heldout": Path(self.data.heldout),
+            **message_inputs("data.train", self.data.train),
+            **message_inputs("data.heldout", self.data.heldout),
         }
 
     def preflight(self) -> None:
         super().preflight()
         require_checkpoint("model.qwen", self.model.qwen)
-        check_rows(Path(self.data.train), check_images="exists")
-        check_rows(Path(self.data.heldout), check_images="exists")
+        check_dataset(self.data.train, self.data.max_bad_fraction)
+        check_dataset(self.data.heldout)
 
 
 @dataclass
@@ -230,19 +232,17 @@ class EmbedStageConfig(StageConfig):
         return {
             "embed.autoregressive": Path(self.embed.autoregressive),
             "model.flux": Path(self.model.flux),
-            "data.train": Path(self.data.train),
-            "data.heldout": Path(self.data.heldout),
+            **message_inputs("data.train", self.data.train),
+            **message_inputs("data.heldout", self.data.heldout),
         }
 
     def preflight(self) -> None:
         super().preflight()
         require_checkpoint("embed.autoregressive", self.embed.autoregressive)
         for split in (self.data.train, self.data.heldout):
-            tasks = check_rows(Path(split), check_images="exists").tasks
-            if not tasks.get(self.task):
-                raise UserError(
-                    f"{split} holds no {self.task} rows (it has {dict(tasks)}); stage={self.stage} needs some"
-                )
+            tasks = check_dataset(split)
+            if self.task not in tasks:
+                raise UserError(f"{split} holds no {self.task} rows (it has {tasks}); stage={self.stage} needs some")
 
 
 @dataclass
@@ -393,6 +393,13 @@ class EditingDecoderConfig(DecoderConfig):
     def preflight(self) -> None:
         super().preflight()
         require_checkpoint("model.qwen", self.model.qwen)
+
+
+def message_inputs(role: str, path: str) -> dict[str, Path]:
+    """A dataset, and every file that it draws from where it is a mixture: their contents count, too."""
+    where = Path(path)
+    files = load_mixture(where).files if where.is_file() else []
+    return {role: where, **{f"{role}[{n}]": file for n, file in enumerate(files) if file != where}}
 
 
 def require_checkpoint(key: str, directory: str | os.PathLike[str]) -> dict[str, Any]:

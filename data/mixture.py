@@ -1,0 +1,295 @@
+"""What a run trains on: one dataset file, or a mixture of several, in an order that depends on nothing but the seed.
+
+A mixture is a YAML (or JSON) file:
+
+    epoch_rows: 100000           # optional, with weights: draws that make an epoch; as many as all sources have rows
+    sources:
+      - path: photos/*.parquet   # a file or a pattern, relative to this file; every kind of `data.records`
+        weight: 3                # share of the draws, relative to the other sources
+        tasks: [generation]      # only these rows; so are languages: [en, zh]
+        captions: {long: 2, short: 1}
+      - path: llava.json
+        weight: 1
+        format: llava            # a key of `data.converters.CONVERTERS`; detected unless given
+        system: You are helpful. # for rows that have no system message
+
+Instead of weights, `count: 5000` gives the rows per epoch; without either a source gives all its rows once per epoch.
+The k-th draw out of a source is row k of an endless order in which every pass holds every row once, whatever the epochs
+are, so no row is left out for good. The draw at a position is a function of (seed, position): any number of processes,
+and a resumed run, see the same. No torch here.
+"""
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from data.converters import AUTO, CONVERTERS
+from data.messages import TASKS, Row, RowError, check_rows, parse_record
+from data.records import ROW_GROUPS_KEPT, Record, open_records
+from nexus_gen.specs.errors import UserError, nearest
+from nexus_gen.specs.prompts import LANGUAGES
+
+SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of a mixture; the module says what its keys mean. files: what `path` stands for, sorted by name."""
+
+    path: str
+    weight: float | None = None
+    count: int | None = None
+    tasks: list[str] = field(default_factory=list)
+    languages: list[str] = field(default_factory=list)
+    format: str = AUTO
+    system: str = ""
+    captions: dict[str, float] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+
+    def parse(self, record: Record) -> Row:
+        """The row of a record, with this source's system message where it has none. Raises RowError."""
+        row = parse_record(record, self.format)
+        if self.system and row.messages[0]["role"] != "system":
+            message = {"role": "system", "content": self.system}
+            row = replace(row, messages=[message, *row.messages], choices=[{"": [self.system]}, *row.choices])
+        return row
+
+    def takes(self, row: Row) -> bool:
+        return (not self.tasks or row.task in self.tasks) and (not self.languages or row.language in self.languages)
+
+
+@dataclass(frozen=True)
+class MixtureSpec:
+    """A dataset as given: one file, or what a mixture file says."""
+
+    path: Path
+    sources: tuple[Source, ...]
+    epoch_rows: int | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """Every dataset file once."""
+        return list(dict.fromkeys(file for source in self.sources for file in source.files))
+
+
+def load_mixture(path: str | os.PathLike[str]) -> MixtureSpec:
+    """The sources of a dataset file or a mixture file; no rows are read.
+
+    Raises UserError for a file that is no mixture, an unknown key, a value out of range, a pattern without files.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        return MixtureSpec(path, (Source(str(path), files=(path,)),))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); give a YAML file") from error
+    if not isinstance(values, dict) or not isinstance(values.get("sources"), list) or not values["sources"]:
+        raise UserError(f"{path} is no mixture; give a list of sources, each with a path")
+    for key in values.keys() - {"sources", "epoch_rows"}:
+        raise UserError(f"{path}: there is no key '{key}'{nearest(str(key), ('sources', 'epoch_rows'))}")
+    sources = tuple(_source(entry, f"{path}, source {n}", path) for n, entry in enumerate(values["sources"], start=1))
+    epoch_rows = values.get("epoch_rows")
+    weighted = [source.weight is not None for source in sources]
+    if any(weighted) and not all(weighted):
+        raise UserError(f"{path}: {sum(weighted)} of {len(sources)} sources have a weight; give all one, or none")
+    if epoch_rows is not None and not all(weighted):
+        raise UserError(f"{path}: epoch_rows goes with weights; with counts their sum is the epoch")
+    if epoch_rows is not None and (not isinstance(epoch_rows, int) or epoch_rows < len(sources)):
+        raise UserError(f"{path}: epoch_rows is {epoch_rows!r}; it must be a number of at least one row per source")
+    return MixtureSpec(path, sources, epoch_rows)
+
+
+def _source(entry: Any, where: str, path: Path) -> Source:
+    known = [item.name for item in fields(Source) if item.name != "files"]
+    needed = [item.name for item in fields(Source) if item.default is item.default_factory is MISSING]
+    if not isinstance(entry, dict) or any(name not in entry for name in needed):
+        raise UserError(f"{where} has no path; give {{path: ..., weight: ...}}")
+    for key in entry.keys() - set(known):
+        raise UserError(f"{where}: there is no key '{key}'{nearest(str(key), known)}")
+    source = Source(**entry)
+    for key, valid in (("tasks", TASKS), ("languages", LANGUAGES)):
+        given = getattr(source, key)
+        if not isinstance(given, list) or set(given) - set(valid):
+            raise UserError(f"{where}: {key} is {given!r}; give a list out of {', '.join(valid)}")
+    if source.format not in (AUTO, *CONVERTERS):
+        raise UserError(f"{where}: there is no format {source.format!r}{nearest(str(source.format), CONVERTERS)}")
+    if source.weight is not None and source.count is not None:
+        raise UserError(f"{where} has both a weight and a count; give one of them")
+    for key in ("weight", "count"):
+        given = getattr(source, key)
+        number = int if key == "count" else int | float
+        if given is not None and (not isinstance(given, number) or isinstance(given, bool) or given <= 0):
+            raise UserError(f"{where}: {key} is {given!r}; it must be a number above 0")
+    if not isinstance(source.captions, dict) or not all(
+        isinstance(weight, int | float) and weight >= 0 for weight in source.captions.values()
+    ):
+        raise UserError(f"{where}: captions is {source.captions!r}; give weights by label, {{long: 2, short: 1}}")
+    if not isinstance(source.system, str):
+        raise UserError(f"{where}: system is {source.system!r}; give a text")
+    files = sorted(Path(file) for file in glob.glob(str(path.parent / source.path)))
+    if not files:
+        raise UserError(f"{where}: no file is called {source.path}; paths are relative to {path.parent}")
+    return replace(source, files=tuple(files))
+
+
+def read_dataset(path: str | os.PathLike[str]) -> Iterator[Row]:
+    """Every row of a dataset or a mixture once, in the order of its files, whatever its weights and counts are.
+
+    Raises UserError as `read_rows` does.
+    """
+    spec = load_mixture(path)
+    seen: set[str] = set()
+    repeats = sum(len(source.files) for source in spec.sources) > len(spec.files)
+    for source in spec.sources:
+        for file in source.files:
+            for record in open_records(file):
+                row = source.parse(record)
+                if source.takes(row) and row.where not in seen:
+                    if repeats:
+                        seen.add(row.where)
+                    yield row
+
+
+def check_dataset(path: str | os.PathLike[str], max_bad_fraction: float = 0.0) -> dict[str, int]:
+    """Read every row of a dataset or a mixture and ask whether its pictures exist; returns the rows of each task.
+
+    Raises UserError when a file has more broken rows than that fraction; below it, they are left to the trainer.
+    """
+    spec = load_mixture(path)
+    formats = dict.fromkeys((file, source.format) for source in spec.sources for file in source.files)
+    tasks = dict.fromkeys(TASKS, 0)
+    for file, row_format in formats:
+        for task, count in check_rows(file, "exists", row_format, max_bad_fraction).tasks.items():
+            tasks[task] += count
+    return {task: count for task, count in tasks.items() if count}
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sample of the training order: which row, and in which pass over its source."""
+
+    source: int
+    place: int
+    turn: int
+
+
+class Mixture:
+    """The endless training order over a dataset's rows.
+
+    Raises UserError for a source none of whose rows is of its tasks and languages.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], seed: int) -> None:
+        self.spec = load_mixture(path)
+        self.seed = seed
+        self._rows = [_SourceRows(source) for source in self.spec.sources]
+        self.counts = _counts(self.spec, [len(rows) for rows in self._rows])
+        self.epoch_rows = sum(self.counts)
+        self._order = lru_cache(maxsize=2 * len(self._rows))(self._order_of)
+        self._epoch = lru_cache(maxsize=2)(self._epoch_of)
+
+    def __len__(self) -> int:
+        """Rows that the sources hold together."""
+        return sum(len(rows) for rows in self._rows)
+
+    def draw(self, position: int) -> Draw:
+        """What stands at a position of the training order, from 0 on."""
+        epoch, place = divmod(position, self.epoch_rows)
+        sources, ranks = self._epoch(epoch)
+        source = int(sources[place])
+        turn, place = divmod(epoch * self.counts[source] + int(ranks[place]), len(self._rows[source]))
+        return Draw(source, int(self._order(source, turn)[place]), turn)
+
+    def replacement(self, position: int, attempt: int) -> Draw:
+        """What takes the place of a bad sample: any row of the same source. attempt: from 1, for bad ones in turn."""
+        drawn = self.draw(position)
+        generator = np.random.default_rng((self.seed, position, attempt))
+        return replace(drawn, place=int(generator.integers(len(self._rows[drawn.source]))))
+
+    def row(self, draw: Draw) -> Row:
+        """The row of a draw, with one of its texts where it offers several. Raises RowError."""
+        source = self.spec.sources[draw.source]
+        row = source.parse(self._rows[draw.source].record(draw.place))
+        return row.drawn(np.random.default_rng((self.seed, draw.source, draw.turn, draw.place)), source.captions)
+
+    def _order_of(self, source: int, turn: int) -> np.ndarray:
+        return self._rows[source].order(np.random.default_rng((self.seed, source, turn)))
+
+    def _epoch_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Per place of an epoch its source, and how many draws of that source come before it."""
+        sources = np.repeat(np.arange(len(self.counts), dtype=np.int32), self.counts)
+        sources = np.random.default_rng((self.seed, epoch)).permutation(sources)
+        ranks = np.empty(len(sources), dtype=np.int64)
+        for source in range(len(self.counts)):
+            places = np.flatnonzero(sources == source)
+            ranks[places] = np.arange(len(places))
+        return sources, ranks
+
+
+class _SourceRows:
+    """The rows of a source's files that are of its tasks and languages, by index. A broken row counts: it has to be
+    named when its turn comes."""
+
+    def __init__(self, source: Source) -> None:
+        self._files = [open_records(file) for file in source.files]
+        self._starts = np.cumsum([0, *(len(records) for records in self._files)])
+        self._chunks = np.concatenate(
+            [np.array(records.chunks) + start for records, start in zip(self._files, self._starts[:-1], strict=True)]
+        )
+        self._selected = np.arange(self._starts[-1])
+        if source.tasks or source.languages:
+            self._selected = np.array([n for n in self._selected if self._is_taken(source, n)], dtype=np.int64)
+        if not len(self._selected):
+            wanted = " ".join([*source.tasks, *source.languages, "rows"])
+            raise UserError(f"{source.path} holds no {wanted}; take the source out")
+
+    def _is_taken(self, source: Source, index: int) -> bool:
+        try:
+            return source.takes(source.parse(self._at(index)))
+        except RowError:
+            return True
+
+    def _at(self, index: int) -> Record:
+        file = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._files[file][int(index - self._starts[file])]
+
+    def __len__(self) -> int:
+        return len(self._selected)
+
+    def record(self, place: int) -> Record:
+        return self._at(self._selected[place])
+
+    def order(self, generator: np.random.Generator) -> np.ndarray:
+        """A permutation of the rows. Rows of files that are read piece by piece (Parquet) are shuffled within windows
+        of a few pieces, in an order of windows that is shuffled too: a piece is then read once and not for each row."""
+        if len(self._chunks) == len(self._files):
+            return generator.permutation(len(self))
+        window_of_chunk = generator.permutation(len(self._chunks)) // ROW_GROUPS_KEPT
+        windows = window_of_chunk[np.searchsorted(self._chunks, self._selected, side="right") - 1]
+        return np.lexsort((generator.random(len(self)), windows))
+
+
+def _counts(spec: MixtureSpec, sizes: Sequence[int]) -> list[int]:
+    """Rows of an epoch that come from each source."""
+    weights = [source.weight for source in spec.sources if source.weight is not None]
+    if not weights:
+        return [source.count or size for source, size in zip(spec.sources, sizes, strict=True)]
+    total = spec.epoch_rows or sum(sizes)
+    shares = np.array(weights, dtype=float) / sum(weights) * total
+    counts = np.floor(shares).astype(int)
+    for source in np.argsort(counts - shares, kind="stable")[: total - counts.sum()]:  # the largest remainders
+        counts[source] += 1
+    if not counts.all():
+        raise UserError(
+            f"{spec.path}: source {int(np.argmin(counts)) + 1} has weight {weights[int(np.argmin(counts))]} of "
+            f"{sum(weights)}, less than one of {total} rows; raise it, or epoch_rows"
+        )
+    return counts.tolist()
