@@ -17,6 +17,9 @@ COMMANDS = {
     "understand": ("nexus_gen.commands", "answer a question about a picture"),
     "generate": ("nexus_gen.commands", "paint a picture from a prompt"),
     "edit": ("nexus_gen.commands", "repaint a picture by an instruction"),
+    "models download": ("nexus_gen.model_commands", "fetch the released models, or say what there is (--dry-run)"),
+    "models inspect": ("nexus_gen.model_commands", "what a checkpoint is, its layout and size, and what it lacks"),
+    "models convert": ("nexus_gen.model_commands", "write a checkpoint in another layout"),
     "completion": ("launch.completion", "tab completion for bash: source <(nexus-gen completion)"),
     "report": ("train.report", "one HTML page of a run: curves, pictures, answers"),
 }

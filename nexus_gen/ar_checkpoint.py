@@ -13,25 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration
 from nexus_gen.compat import ensure_torchvision, quiet_loading
+from nexus_gen.inspection import weights_of
 from nexus_gen.specs.artifact import building, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import MERGE_SIZE, LanguageGeometry, VisionGeometry
+from nexus_gen.specs.layouts import ADDED_KEYS, Source
+from nexus_gen.specs.shapes import Weights
+from nexus_gen.tensor_files import TensorFiles
+from nexus_gen.translation import load_strictly
 
 ensure_torchvision()
 
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor  # noqa: E402
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel  # noqa: E402
 
-ADDED_KEYS = ("vision_head.weight", "image_prefill_embeds.weight")
 ADDED_STD = 0.02  # the tensors that a plain Qwen2.5-VL lacks start from N(0, 0.02)
-VISION_PREFIX = "visual."
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 # Everything of a released directory that is not weights or model config; which of them exist depends on its age.
 PROCESSOR_FILES = (
     "tokenizer.json",
@@ -153,8 +153,8 @@ def load_autoregressive(
     another shape than the model's.
     """
     directory = Path(path)
-    config = _load_config(directory)
-    _check_shards(directory)
+    config = load_config(directory)
+    weights = require_whole(directory)
     with quiet_loading():
         loaded: Any = NexusGenForConditionalGeneration.from_pretrained(
             directory,
@@ -167,11 +167,11 @@ def load_autoregressive(
             output_loading_info=True,
         )
     model, info = loaded
-    missing = set(info["missing_keys"])
-    if missing >= set(ADDED_KEYS):
-        missing -= set(ADDED_KEYS)
+    lacking = set() if ADDED_KEYS[0] in weights.shapes else set(ADDED_KEYS)
+    unread = info["missing_keys"] ^ lacking, info["unexpected_keys"], info["mismatched_keys"]
+    assert not any(unread), f"transformers read the keys of {directory} otherwise than we do: {unread}"
+    if lacking:
         _initialise_added(model, init_seed)
-    _require_exact(directory, missing, set(info["unexpected_keys"]), info["mismatched_keys"])
     return model.eval()
 
 
@@ -183,24 +183,14 @@ def load_vision_tower(
     Raises UserError as `load_autoregressive` does.
     """
     directory = Path(path)
-    vision_config: Any = _load_config(directory).vision_config
+    vision_config: Any = load_config(directory).vision_config
     tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(vision_config, dtype=dtype)
-    weights: dict[str, Tensor] = {}
-    for file in _check_shards(directory):
-        with safe_open(file, "pt") as shard:
-            weights |= {
-                key.removeprefix(VISION_PREFIX): shard.get_tensor(key)
-                for key in shard.keys()  # noqa: SIM118 (a safetensors handle is not a mapping)
-                if key.startswith(VISION_PREFIX)
-            }
-    expected = {key: tensor.shape for key, tensor in tower.state_dict().items()}
-    mismatched = {
-        (key, weights[key].shape, expected[key])
-        for key in expected.keys() & weights.keys()
-        if weights[key].shape != expected[key]
-    }
-    _require_exact(directory, expected.keys() - weights.keys(), weights.keys() - expected.keys(), mismatched)
-    tower.load_state_dict(weights)
+    files = TensorFiles(directory)
+    prefix = next(
+        (name for name in ("model.visual.", "visual.") if any(key.startswith(name) for key in files)), "visual."
+    )
+    sources = {key: Source((prefix + key,)) for key in tower.state_dict()}
+    load_strictly(tower, files, sources, concerns=lambda key: key.startswith(prefix))
     return tower.to(device).eval()
 
 
@@ -225,7 +215,7 @@ def save_autoregressive(
     dtype = next(iter(weights.values())).dtype
     with building(path) as partial:
         model.save_pretrained(partial, state_dict=weights, max_shard_size=max_shard_size)
-        text = json.dumps(_released_config(model.config, dtype), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(released_config(model.config, dtype), indent=2, ensure_ascii=False) + "\n"
         write_text_atomic(partial / "config.json", text)
         for name in PROCESSOR_FILES if processor_from is not None else ():
             source = Path(processor_from or "") / name
@@ -242,7 +232,7 @@ def load_processor(path: str | os.PathLike[str]) -> Qwen2_5_VLProcessor:
         raise UserError(f"{path} holds no readable tokenizer and processor ({first_line}); copy them there") from error
 
 
-def _load_config(directory: Path) -> Qwen2_5_VLConfig:
+def load_config(directory: Path) -> Qwen2_5_VLConfig:
     file = directory / "config.json"
     if not file.is_file():
         raise UserError(f"{directory} is not a checkpoint (no config.json); give the directory of a Qwen2.5-VL model")
@@ -258,39 +248,17 @@ def _load_config(directory: Path) -> Qwen2_5_VLConfig:
         raise UserError(f"{file} is not a readable model config ({error}); copy it again") from error
 
 
-def _check_shards(directory: Path) -> list[Path]:
-    """The checkpoint's weight files; UserError when one is missing or cut short. Reads headers only."""
-    index = directory / INDEX_FILE
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index} is not a readable shard index ({error}); copy it again") from error
-    else:
-        names = [SINGLE_FILE]
-    for name in names:
-        file = directory / name
-        if not file.is_file():
-            raise UserError(f"{directory} lacks its weight file {name}; copy it there")
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or cut short ({error}); copy it again") from error
-    return [directory / name for name in names]
-
-
-def _require_exact(directory: Path, missing: set[str], unexpected: set[str], mismatched: set[Any]) -> None:
-    """UserError that names every key in which a checkpoint and the model differ; shapes as (key, file's, model's)."""
-    problems = [
-        *([f"missing {', '.join(sorted(missing))}"] if missing else []),
-        *([f"unexpected {', '.join(sorted(unexpected))}"] if unexpected else []),
-        *(f"{key} is {tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in sorted(mismatched)),
-    ]
+def require_whole(directory: Path) -> Weights:
+    """What a checkpoint's headers say; UserError when files are missing or cut short, or do not fit config.json."""
+    weights, _, _ = weights_of(directory)
+    problems = weights.differences.sentences()
+    if weights.kind != "autoregressive":
+        raise UserError(f"{directory} holds a {weights.kind}; give the directory of a Qwen2.5-VL model")
     if problems:
         raise UserError(
-            f"the weights in {directory} do not fit its config.json: {'; '.join(problems)}; copy them again"
+            f"the weights in {directory} do not fit its config.json: {', '.join(problems)}; copy them again"
         )
+    return weights
 
 
 @torch.no_grad()
@@ -300,7 +268,7 @@ def _initialise_added(model: NexusGenForConditionalGeneration, seed: int) -> Non
         weight.copy_(torch.randn(weight.shape, generator=generator) * ADDED_STD)
 
 
-def _released_config(config: Qwen2_5_VLConfig, dtype: torch.dtype) -> dict[str, Any]:
+def released_config(config: Qwen2_5_VLConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The flat config.json of transformers 4.49, which later releases read too."""
     text: Any = config.text_config
     vision: Any = config.vision_config

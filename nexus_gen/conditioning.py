@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nexus_gen.checkpoints import Source, load_strictly
 from nexus_gen.compat import ensure_torchvision
 from nexus_gen.specs.geometry import MERGE_SIZE, REFERENCE_GRID, TARGET_GRID, ProjectorGeometry
+from nexus_gen.specs.layouts import Source
+from nexus_gen.specs.shapes import EXPANSION
 from nexus_gen.tensor_files import TensorFiles
+from nexus_gen.translation import load_strictly
 
 ensure_torchvision()
 
@@ -27,7 +29,6 @@ Grid = tuple[int, int]
 TARGET: Grid = (TARGET_GRID, TARGET_GRID)
 REFERENCE: Grid = (REFERENCE_GRID, REFERENCE_GRID)
 BASE_GRID = 72  # the grid whose patch indices are the projector's position ids
-EXPANSION = 4  # hidden width of the projector's head, in context widths
 
 
 class GenerationAdapter(nn.Sequential):

@@ -5,6 +5,7 @@ import mmap
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -72,10 +73,10 @@ class TensorFiles(Mapping[str, Tensor]):
             return self._headers[key][1]
         return header_of(self._mapped[key])
 
-    def release(self, key: str, made: Tensor) -> None:
+    def release(self, key: str, made: Tensor | None = None) -> None:
         """Give back the memory that reading a tensor took, unless `made`, what was made of it, is that memory."""
         mapped = (self._mapped[key] if key in self._mapped else self._bytes(key)).untyped_storage()
-        if made.device.type != "cpu" or made.untyped_storage().data_ptr() != mapped.data_ptr():
+        if made is None or made.device.type != "cpu" or made.untyped_storage().data_ptr() != mapped.data_ptr():
             drop_pages(mapped)
 
     def _map(self, key: str) -> Tensor:
@@ -136,16 +137,23 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in (".safetensors", ".bin"):
         raise UserError(f"cannot write tensors to {path}; name it .safetensors or .bin")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with aside(path) as partial:
         if path.suffix == ".bin":
-            torch.save({key: owned(tensor) for key, tensor in tensors.items()}, aside)
+            torch.save({key: owned(tensor) for key, tensor in tensors.items()}, partial)
         else:
-            write_safetensors(aside, {key: header_of(tensor) for key, tensor in tensors.items()}, tensors.items())
-        os.replace(aside, path)
+            write_safetensors(partial, {key: header_of(tensor) for key, tensor in tensors.items()}, tensors.items())
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, whose name it takes when all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        os.replace(partial, path)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def write_safetensors(path: Path, headers: Mapping[str, TensorHeader], tensors: Iterable[tuple[str, Tensor]]) -> None:

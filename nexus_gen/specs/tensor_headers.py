@@ -14,6 +14,7 @@ from pathlib import Path
 from nexus_gen.specs.errors import UserError
 
 INDEX_SUFFIX = ".safetensors.index.json"
+USUAL_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 METADATA = "__metadata__"
 MAX_HEADER_BYTES = 100_000_000  # what the format allows
 ITEM_BYTES = {
@@ -84,7 +85,7 @@ def header_bytes(tensors: Mapping[str, TensorHeader]) -> bytes:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory: those that its index names, or its only one.
+    """The safetensors files of a directory: those that its index names, or the one of a usual name, or its only one.
 
     Raises UserError when there is no such file, a choice between several, or an index that is unreadable or names a
     file that is not there.
@@ -92,6 +93,9 @@ def weight_files(directory: Path) -> list[Path]:
     indices = sorted(directory.glob(f"*{INDEX_SUFFIX}"))
     if not indices:
         singles = sorted(directory.glob("*.safetensors"))
+        usual = [file for file in singles if file.name in USUAL_NAMES]
+        if len(usual) == 1:
+            return usual
         if len(singles) != 1:
             raise UserError(
                 f"{directory} holds {len(singles)} .safetensors files and no index where one file or a "

@@ -26,24 +26,15 @@ from safetensors.torch import load_file, save_file
 from tiny_decoders import FLUX_1_DEV, FLUXES, PROJECTOR, VAES, flux_inputs, randomised
 from torch import Tensor, nn
 
-from nexus_gen.checkpoints import (
-    Layout,
-    decoder_sources,
-    flux_sources,
-    load_decoder,
-    load_flux,
-    load_vae,
-    save_decoder,
-    save_flux,
-    save_vae,
-    translate,
-)
+from nexus_gen.checkpoints import load_decoder, load_flux, load_vae, save_decoder, save_flux, save_vae
 from nexus_gen.decoders import build_editing_decoder, build_generation_decoder
 from nexus_gen.flux import FluxTransformer
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.layouts import Layout, decoder_sources, flux_sources
+from nexus_gen.translation import translate
 from nexus_gen.vae import FluxVae
 
-LAYOUTS: list[Layout] = ["bfl", "diffusers"]
+LAYOUTS: list[Layout] = ["bfl", "diffusers", "nexus-gen"]
 
 
 def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
@@ -295,7 +286,7 @@ def test_missing_unexpected_and_misshapen_keys_are_named_together(decoder_file):
     assert "pipe.dit.blocks.0.attn.a_to_qkv.weight" in message
     assert message.count("attn.") == 4
     assert "1 unexpected key (pipe.dit.lora.weight)" in message
-    assert "1 misshapen key (adapter.0.weight is (24, 21) where (24, 20) is configured)" in message
+    assert "1 misshapen key (adapter.0.weight is (24, 21) instead of (24, 20))" in message
 
 
 def test_an_editing_file_is_not_a_generation_file(decoder_file, tmp_path):
@@ -307,13 +298,13 @@ def test_an_editing_file_is_not_a_generation_file(decoder_file, tmp_path):
 
 def test_flux_of_another_width_is_refused(tmp_path):
     save_flux(FluxTransformer(FLUXES[0]), tmp_path / "flux.safetensors", "diffusers")
-    with pytest.raises(UserError, match=r"misshapen keys \(.*\(32, 32\) where \(48, 48\) is configured"):
+    with pytest.raises(UserError, match=r"misshapen keys \(.*\(32, 32\) instead of \(48, 48\)"):
         load_flux(tmp_path / "flux.safetensors", FLUXES[1], torch.float32)
 
 
 def test_a_file_of_no_known_layout_is_refused(tmp_path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "flux.safetensors")
-    with pytest.raises(UserError, match=r"no keys that start with double_blocks\. \(BFL\) or transformer_blocks\."):
+    with pytest.raises(UserError, match=r"no keys that start with double_blocks\. \(bfl\) or transformer_blocks\."):
         load_flux(tmp_path / "flux.safetensors", FLUXES[0], torch.float32)
 
 

@@ -145,7 +145,7 @@ def test_projector_starts_from_a_checkpoint_of_one_file(qwen, tmp_path):
     [
         ("mlp.up_proj.weight", None, r"1 missing key \(model.layers.0.mlp.up_proj.weight\)"),
         ("mlp.extra.weight", torch.zeros(1), r"1 unexpected key \(model.layers.0.mlp.extra.weight\)"),
-        ("mlp.up_proj.weight", torch.zeros(7, 64), r"mlp.up_proj.weight is \(7, 64\) where \(128, 64\) is configured"),
+        ("mlp.up_proj.weight", torch.zeros(7, 64), r"mlp.up_proj.weight is \(7, 64\) instead of \(128, 64\)"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_by_key(qwen, key, replacement, says):
