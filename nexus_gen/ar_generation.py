@@ -24,8 +24,9 @@ from nexus_gen.autoregressive import (
     replace_rows,
 )
 from nexus_gen.compat import ensure_torchvision
-from nexus_gen.packed_vision import PackedVisionTower, VisionTower
+from nexus_gen.packed_vision import PackedVisionTower
 from nexus_gen.specs.geometry import MERGE_SIZE, NUM_TARGET_TOKENS, TARGET_GRID
+from nexus_gen.vision_tower import VisionTower, vision_embeds
 
 ensure_torchvision()
 
@@ -242,8 +243,7 @@ def vision_embeddings(
     if isinstance(model, PackedVisionTower):
         return model(pixel_values, image_grid_thw)
     tower = model.model.visual if isinstance(model, NexusGenForConditionalGeneration) else model
-    pixels = pixel_values.to(tower.device, tower.dtype)
-    return tower(pixels, grid_thw=image_grid_thw.to(tower.device)).pooler_output
+    return vision_embeds(tower, pixel_values.to(tower.device), image_grid_thw)
 
 
 class _Decoding:

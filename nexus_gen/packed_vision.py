@@ -8,7 +8,7 @@ what 16-bit kernels need (3420 is no multiple of 8), and a block may be compiled
 Legend: T patches of all pictures in window order, D hidden width, H heads, N merged tokens (T / 4), F MLP width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,14 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from nexus_gen.compat import ensure_torchvision
-
-ensure_torchvision()
-
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (  # noqa: E402
-    Qwen2_5_VisionTransformerPretrainedModel as VisionTower,
-)
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index  # noqa: E402
+from nexus_gen.vision_tower import VisionTower, grid_layout
 
 ALIGNMENT = 64  # elements; tensor-core kernels want rows of 128 bytes, and at least 16
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of Qwen2.5-VL's preprocessor_config.json, as all its checkpoints
@@ -148,10 +141,18 @@ class PackedVisionTower:
 
     tower: eval-mode tower of `load_vision_tower` or of a whole model. Its attention, norm and merger weights are
     shared; the MLP's are copied (fused), so a tower that nobody else holds gives back its own. compiled: compile block
-    and merger, which serve every batch and take the better part of a minute on a GPU.
+    and merger, which serve every batch and take the better part of a minute on a GPU. pixel_mean, pixel_std: of the
+    checkpoint's image processor, for pictures given as bytes.
     """
 
-    def __init__(self, tower: VisionTower, *, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        tower: VisionTower,
+        *,
+        compiled: bool = False,
+        pixel_mean: Sequence[float] = PIXEL_MEAN,
+        pixel_std: Sequence[float] = PIXEL_STD,
+    ) -> None:
         config: Any = tower.config
         if config.hidden_act != "silu":
             raise ValueError(f"the vision tower's activation is {config.hidden_act}; this forward computes silu")
@@ -173,7 +174,7 @@ class PackedVisionTower:
             still = tower.patch_embed.proj.weight.float().sum(2).flatten(1).to(self.dtype)
             self.still_weight = F.pad(still, (0, -still.shape[1] % self.alignment))
             self.blocks = [self._weights(module) for module in tower.blocks]
-            scale = torch.tensor([PIXEL_MEAN, PIXEL_STD], device=self.device)[:, :, None, None] * 255
+            scale = torch.tensor([pixel_mean, pixel_std], device=self.device)[:, :, None, None] * 255
             self.pixel_mean, self.pixel_std = scale
         self._layout = lru_cache(maxsize=16)(self._compute_layout)
         # Two graphs serve every batch: what varies in size is marked, and `longest` becomes a symbol when it varies.
@@ -198,13 +199,13 @@ class PackedVisionTower:
     def embed_pictures(self, pictures: Tensor) -> Tensor:
         """Merged embeddings (B, N / B, D_out) of pictures of one size, in the tower's dtype.
 
-        pictures: (B, height, width, 3) uint8 on any device, sides multiples of a merged patch. Scaling, normalising and
+        pictures: (B, 3, height, width) uint8 on any device, sides multiples of a merged patch. Scaling, normalising and
         cutting into patches happen on the tower's device, with the numbers of Qwen's processor.
         """
-        sizes, (batch, height, width, _) = self.sizes, pictures.shape
+        sizes, (batch, _, height, width) = self.sizes, pictures.shape
         grid = (1, height // sizes.patch, width // sizes.patch)
         layout = self._layout((grid,) * batch)
-        pixels = pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
+        pixels = pictures.to(self.device, non_blocking=True).float()
         pixels = ((pixels - self.pixel_mean) / self.pixel_std).to(self.dtype)
         merge, patch = sizes.merge, sizes.patch
         patches = pixels.view(
@@ -250,12 +251,12 @@ class PackedVisionTower:
         sizes = self.sizes
         orders, positions, windows, pictures, tokens = [], [], [], [], 0
         for grid in grids:
-            of_grid = grid_layout(grid, sizes.merge, sizes.window, sizes.patch)
-            orders.append(of_grid[0] + tokens)
-            positions.append(of_grid[1])
-            windows.append(of_grid[2])
+            of_grid, order, ends = grid_layout(grid, sizes.merge, sizes.window, sizes.patch)
+            orders.append(order + tokens)
+            positions.append(of_grid.unflatten(0, (-1, sizes.merge**2))[order].flatten(0, 1))
+            windows.append(ends.diff(prepend=ends.new_zeros(1)).long())
             pictures += [grid[1] * grid[2]] * grid[0]
-            tokens += len(of_grid[0])
+            tokens += len(order)
         order = torch.cat(orders)
         angles = torch.cat(positions)[:, :, None] * self.inv_freq  # (T, 2, head / 4): rows, then columns
         angles = angles.flatten(1)[:, None]
@@ -288,13 +289,3 @@ class PackedVisionTower:
 def has_packed_attention(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether torch's variable-length attention runs there: 16 bits on a GPU of compute capability 8 or more."""
     return device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@lru_cache(maxsize=1024)
-def grid_layout(grid: Grid, merge: int, window: int, patch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one picture: merged tokens in window order (N,), positions of its patches in that order (T, 2), and patches
-    per window. On the CPU."""
-    grid_thw = torch.tensor([grid])
-    order, bounds = get_vision_window_index(grid_thw, merge, window, patch)
-    positions = get_vision_position_ids(grid_thw, merge)
-    return order, positions.unflatten(0, (-1, merge**2))[order].flatten(0, 1), bounds.diff().long()

@@ -38,8 +38,8 @@ def vision_embeds(tower: VisionTower, pixel_values: Tensor, grid_thw: Tensor) ->
     return tower(pixel_values.to(tower.dtype), grid_thw=grid_thw.to(bounds_on), **layout).pooler_output
 
 
-@lru_cache(maxsize=64)
-def _grid_layout(grid: tuple[int, int, int], merge: int, window: int, patch: int) -> tuple[Tensor, Tensor, Tensor]:
+@lru_cache(maxsize=1024)
+def grid_layout(grid: tuple[int, int, int], merge: int, window: int, patch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of one picture: positions (patches, 2), order of merged tokens by window, patches up to each window's end."""
     grid_thw = torch.tensor([grid])
     order, ends = get_vision_window_index(grid_thw, merge, window, patch)
@@ -52,7 +52,7 @@ def _layout(
     """What the tower would compute from the grids in a loop over pictures; bounds on the CPU."""
     positions, order, ends, num_patches = [], [], [torch.zeros(1, dtype=torch.int32)], 0
     for grid in grids:
-        of_grid, order_of_grid, ends_of_grid = _grid_layout(grid, merge, window, patch)
+        of_grid, order_of_grid, ends_of_grid = grid_layout(grid, merge, window, patch)
         positions.append(of_grid)
         order.append(order_of_grid + num_patches // merge**2)
         ends.append(ends_of_grid + num_patches)

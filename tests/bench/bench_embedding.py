@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,14 +38,16 @@ ensure_torchvision()
 
 from transformers import Qwen2VLImageProcessor  # noqa: E402
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig  # noqa: E402
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention  # noqa: E402
 
 from data.shards import write_shard  # noqa: E402
-from nexus_gen import packed_vision  # noqa: E402
+from nexus_gen import packed_vision, vision_tower  # noqa: E402
 from nexus_gen.ar_checkpoint import SpecialTokenIds, build_autoregressive  # noqa: E402
 from nexus_gen.ar_generation import compiled_decoder_layer, decoder_layer, teacher_forced_embeddings  # noqa: E402
-from nexus_gen.packed_vision import PackedVisionTower, VisionTower, grid_layout  # noqa: E402
+from nexus_gen.packed_vision import PackedVisionTower  # noqa: E402
 from nexus_gen.specs.geometry import LanguageGeometry, VisionGeometry  # noqa: E402
 from nexus_gen.specs.images import context_size, cover_crop, open_image  # noqa: E402
+from nexus_gen.vision_tower import VisionTower, grid_layout  # noqa: E402
 from train.ahead import behind, prepared, to_host  # noqa: E402
 
 PATCH, MERGE, WINDOW = 14, 2, 112
@@ -109,7 +112,8 @@ def tower_flops(tower: VisionGeometry, out_hidden_size: int, grid: Grid) -> int:
     """Multiply-adds of a picture's matrix products, times two: linears, attention within windows and pictures."""
     patches, width = grid[0] * grid[1] * grid[2], tower.hidden_size
     linears = width * (3 * width) + width * width + 3 * width * tower.intermediate_size
-    windows = grid_layout(grid, MERGE, tower.window_size, tower.patch_size)[2]
+    ends = grid_layout(grid, MERGE, tower.window_size, tower.patch_size)[2].long()
+    windows = ends.diff(prepend=ends.new_zeros(1))
     full = len(tower.fullatt_block_indexes)
     attention = (tower.depth - full) * int((windows**2).sum()) + full * patches**2
     merged_width = width * MERGE**2
@@ -261,8 +265,8 @@ def editing_batch(rows: int, seed: int) -> tuple[dict[str, Tensor], list[int], l
 
 
 def random_pictures(count: int, px: int) -> Tensor:
-    """(count, px, px, 3) uint8 on the host, pinned beside a GPU."""
-    pictures = torch.randint(0, 256, (count, px, px, 3), dtype=torch.uint8)
+    """(count, 3, px, px) uint8 on the host, pinned beside a GPU."""
+    pictures = torch.randint(0, 256, (count, 3, px, px), dtype=torch.uint8)
     return pictures.pin_memory() if CUDA else pictures
 
 
@@ -275,7 +279,19 @@ def deviation(actual: Tensor, expected: Tensor) -> float:
 # ---------------------------------------------------------------- on a GPU: the vision tower
 
 
+@contextmanager
+def one_by_one_attention() -> Iterator[None]:
+    """transformers' own attention, one call per window, as published; nexus_gen.vision_tower replaces it on import."""
+    ours = Qwen2_5_VLVisionAttention.forward
+    Qwen2_5_VLVisionAttention.forward = vision_tower._attend_one_by_one
+    try:
+        yield
+    finally:
+        Qwen2_5_VLVisionAttention.forward = ours
+
+
 @torch.no_grad()
+@one_by_one_attention()
 def published_way(report: Report, tower: VisionTower) -> float:
     """One picture at a time through transformers' tower, inputs on the device, the result brought to the host."""
     best = 0.0
@@ -305,9 +321,7 @@ def published_way(report: Report, tower: VisionTower) -> float:
 def tower_parity(report: Report, tower: VisionTower) -> None:
     """bf16 results of both ways against float32 ones, and the one-frame weights against two frames."""
     pictures = random_pictures(4, TARGET_PX)
-    features = Qwen2VLImageProcessor(patch_size=PATCH)(
-        images=[Image.fromarray(picture.numpy()) for picture in pictures], do_resize=False, return_tensors="pt"
-    )
+    features = Qwen2VLImageProcessor(patch_size=PATCH)(images=list(pictures), do_resize=False, return_tensors="pt")
     pixels, grid = features["pixel_values"].to(DEVICE), features["image_grid_thw"]
     theirs = tower(pixels.to(DTYPE), grid_thw=grid.to(DEVICE)).pooler_output
     packed = PackedVisionTower(tower)
@@ -417,7 +431,8 @@ def editing(report: Report, peak: float) -> None:
         model(**on_device)
         model.model.visual(reference, grid_thw=reference_grid.to(DEVICE))
 
-    got = rate(one_by_one, 1, seconds=2 * SCALE.seconds)
+    with one_by_one_attention():
+        got = rate(one_by_one, 1, seconds=2 * SCALE.seconds)
     report.add("editing, one row at a time, whole forward, rows/s", got, f"{got:.2f}")
     published = got
     packed = PackedVisionTower(model.model.visual, compiled=True)
@@ -493,8 +508,9 @@ def write_jpegs(directory: Path, first: int, count: int) -> int:
 
 
 def load_batch(paths: list[Path], side: int = TARGET_PX) -> Tensor:
-    """(B, side, side, 3) uint8: decoded, cover-cropped as the embedding stage does."""
-    return torch.from_numpy(np.stack([np.asarray(cover_crop(open_image(path), side)) for path in paths]))
+    """(B, 3, side, side) uint8: decoded, cover-cropped as the embedding stage does."""
+    pictures = [np.asarray(cover_crop(open_image(path), side)).transpose(2, 0, 1) for path in paths]
+    return torch.from_numpy(np.stack(pictures))
 
 
 def end_to_end(report: Report, embed: Callable[[Tensor], Tensor], tower_rate: float, count: int, batch: int) -> None:

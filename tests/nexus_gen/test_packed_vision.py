@@ -72,9 +72,11 @@ def test_a_padded_mlp_changes_nothing(tower: VisionTower) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(("width", "height"), [(252, 252), (280, 140)])
 def test_pictures_go_in_as_bytes(tower: VisionTower, width: int, height: int) -> None:
-    pictures = np.random.default_rng(0).integers(0, 256, (3, height, width, 3), dtype=np.uint8)
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 3, height, width), dtype=np.uint8)
     features = Qwen2VLImageProcessor(patch_size=14)(
-        images=[Image.fromarray(picture) for picture in pictures], do_resize=False, return_tensors="pt"
+        images=[Image.fromarray(picture.transpose(1, 2, 0)) for picture in pictures],
+        do_resize=False,
+        return_tensors="pt",
     )
     expected = tower(features["pixel_values"], grid_thw=features["image_grid_thw"]).pooler_output
     embeds = PackedVisionTower(tower).embed_pictures(torch.from_numpy(pictures))
