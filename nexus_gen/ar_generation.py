@@ -290,6 +290,8 @@ class _Decoding:
         """
         device = self.attention_mask.device
         image_rows = [row for row, token in enumerate(tokens) if token == self.model.config.vision_start_token_id]
+        if image_rows and self.model.target_inputs == "embeddings":
+            return self._step_feeding_back(tokens, image_rows)
         length = NUM_TARGET_TOKENS + 2 if image_rows else 1
         present = torch.tensor([token is not None for token in tokens], device=device)
         ids_B = torch.tensor([token or 0 for token in tokens], device=device)
@@ -317,6 +319,38 @@ class _Decoding:
             elif token is not None:
                 self.next_positions[row] += 1
         return self._logits(hidden_BLD)
+
+    def _step_feeding_back(self, tokens: list[int | None], image_rows: list[int]) -> Tensor:
+        """`step` where an image's own embeddings are its inputs: each one comes out before the next can."""
+        device = self.attention_mask.device
+        ids_B = torch.tensor([token or 0 for token in tokens], device=device)
+        present_B = torch.tensor([token is not None for token in tokens], device=device)
+        is_image_B = torch.zeros_like(present_B)
+        is_image_B[image_rows] = True
+        start_B = torch.tensor(self.next_positions, device=device)
+        embed = self.model.get_input_embeddings()
+
+        def feed(embeds_BD: Tensor, present_B: Tensor, positions_3B: Tensor) -> Tensor:
+            """One more position of every row; its output (B, 1, D)."""
+            new_mask = present_B[:, None].to(self.attention_mask.dtype)
+            self.attention_mask = torch.cat([self.attention_mask, new_mask], dim=1)
+            return self._forward(embeds_BD[:, None], positions_3B[:, :, None])
+
+        hidden_B1D = feed(embed(ids_B), present_B, start_B.expand(3, -1))
+        logits_BV = self._logits(hidden_B1D)
+        made = []
+        for token in range(NUM_TARGET_TOKENS):
+            made.append(self.model.vision_head(hidden_B1D[:, 0]))
+            hidden_B1D = feed(made[-1], is_image_B, start_B + self.image_positions[:, 1 + token, None])
+        end_B = torch.full_like(ids_B, self.model.config.vision_end_token_id)
+        hidden_B1D = feed(embed(end_B), is_image_B, start_B + self.image_positions[:, -1, None])
+        for row, token_id in enumerate(tokens):
+            if row in image_rows:
+                self.image_embeds[row].append(torch.stack([embeds[row] for embeds in made]))
+                self.next_positions[row] += 2 + self.image_advance
+            elif token_id is not None:
+                self.next_positions[row] += 1
+        return torch.where(is_image_B[:, None], self._logits(hidden_B1D), logits_BV)
 
     def _forward(self, embeds_BLD: Tensor, position_ids: Tensor) -> Tensor:
         return self.model.model(

@@ -30,6 +30,7 @@ from transformers.conversion_mapping import (  # noqa: E402
 from transformers.modeling_outputs import ModelOutput  # noqa: E402
 
 IGNORE_INDEX = -100
+TARGET_INPUTS = ("prefill", "embeddings")
 PADDING_POSITION = 1  # what transformers 4.49 gave to padding, kept so that position ids equal the published ones
 
 
@@ -147,6 +148,12 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         self.loss_weights = LossWeights()
         self.post_init()
 
+    @property
+    def target_inputs(self) -> str:
+        """What stands at the tokens of a target image as input, by the checkpoint's config: `prefill` embeddings, as
+        published, or the image's own `embeddings`, one behind the other as in text."""
+        return getattr(self.config, "target_inputs", TARGET_INPUTS[0])
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -217,7 +224,7 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     def splice_inputs(
         self, input_ids: Tensor, labels: Tensor | None, pixel_values: Tensor | None, image_grid_thw: Tensor | None
     ) -> SplicedInputs:
-        """Embed text, put vision embeddings at context images and prefill embeddings at target images.
+        """Embed text, put vision embeddings at context images and what `target_inputs` says at target images.
 
         Shapes as in `forward`; without labels every image is context. Targets are detached, so the gradient of the
         vision tower comes from context images alone.
@@ -236,7 +243,11 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
         prefill_index_N = prefill_indices(target_mask)
         # The module, not its weight: under ZeRO-3 the weight exists only inside the module's own forward.
-        inputs_embeds = replace_rows(inputs_embeds, target_mask, self.image_prefill_embeds(prefill_index_N))
+        prefill_ND = self.image_prefill_embeds(prefill_index_N)
+        if self.target_inputs == "prefill":
+            inputs_embeds = replace_rows(inputs_embeds, target_mask, prefill_ND)
+        else:  # the image's own embeddings stay; every process has to use every module
+            inputs_embeds = inputs_embeds + 0 * prefill_ND.sum()
         return SplicedInputs(inputs_embeds, target_mask, vision_ND[target_mask[image_mask]].detach())
 
     def vision_embeds(self, pixel_values: Tensor, image_grid_thw: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 import train.deepspeed_mends  # noqa: F401
 from data.mixture import Mixture
 from nexus_gen.ar_checkpoint import save_autoregressive
-from nexus_gen.autoregressive import LossWeights
+from nexus_gen.autoregressive import TARGET_INPUTS, LossWeights
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import TARGET_GRID
@@ -122,6 +122,7 @@ class PretrainPipeline(SwiftSft):
         super()._prepare_model_tokenizer(init_seed=self.config.seed, **kwargs)
         set_hf_deepspeed_config(hf_config)
         objective = self.config.objective
+        self._describe_inputs()
         self.model.loss_weights = LossWeights(
             objective.text_loss_weight, objective.image_loss_weight, 1 - objective.cosine_fraction
         )
@@ -218,11 +219,18 @@ class PretrainPipeline(SwiftSft):
         """Give the model back the settings of the checkpoint: swift switches caching off and caps generated tokens."""
         qwen = Path(self.config.model.qwen)
         self.model.config = Qwen2_5_VLConfig.from_pretrained(qwen, local_files_only=True)
+        self._describe_inputs()
         self.model.generation_config = (
             GenerationConfig.from_pretrained(qwen, local_files_only=True)
             if (qwen / GENERATION_CONFIG_NAME).is_file()
             else GenerationConfig.from_model_config(self.model.config)
         )
+
+    def _describe_inputs(self) -> None:
+        """Generation has to feed what training fed, so the checkpoint's config says it; the published has no key."""
+        config: Any = self.model.config
+        if self.config.objective.target_inputs != TARGET_INPUTS[0] or hasattr(config, "target_inputs"):
+            config.target_inputs = self.config.objective.target_inputs
 
     def gather_weights(self) -> dict[str, Tensor]:
         """The whole weights to export on rank zero, by their names in memory; every rank has to call it."""
@@ -254,6 +262,8 @@ def swift_arguments(config: PretrainConfig, accumulation: int, deepspeed_path: P
         "max_pixels": config.data.max_pixels,
         "train_dataloader_shuffle": False,  # the stream is in training order
         "dataloader_num_workers": trainer.num_workers,
+        # They ignore SIGTERM (see MessageStream): at the end of the stage the interpreter would wait for them for ever.
+        "dataloader_persistent_workers": False,
         "seed": config.seed,
         "per_device_train_batch_size": trainer.micro_batch_size,
         "gradient_accumulation_steps": accumulation,

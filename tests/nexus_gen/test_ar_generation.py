@@ -216,3 +216,28 @@ def test_the_tower_alone_gives_the_same_embeddings(model: NexusGenForConditional
     alone = vision_embeddings(tower, case["pixel_values"], case["image_grid_thw"])
     assert_near(alone, case["vision_embeds"])
     assert torch.equal(alone, vision_embeddings(model, case["pixel_values"], case["image_grid_thw"]))
+
+
+@torch.no_grad()
+def test_embeddings_that_are_fed_back_come_out_as_in_one_pass(model: NexusGenForConditionalGeneration) -> None:
+    model.config.target_inputs = "embeddings"
+    prompts = [[5, 6, 7, 8, 9], [5, 6]]
+    input_ids, attention_mask = left_padded(prompts, padding=0)
+    reply = generate_reply(model, input_ids, attention_mask, max_new_tokens=85, force_image_first=True)
+    embed = model.get_input_embeddings()
+    side = torch.arange(9)
+    grid = torch.stack([torch.zeros(81), side.repeat_interleave(9), side.repeat(9)]).long()
+    for row, prompt in enumerate(prompts):
+        (made,) = reply.image_embeds[row]
+        text = embed(torch.tensor([*prompt, model.config.vision_start_token_id]))
+        before = torch.arange(len(text)).expand(3, -1)
+        positions = torch.cat([before, len(text) + grid], dim=1)[:, None]
+        embeds = torch.cat([text, made])[None]
+        hidden = model.model(inputs_embeds=embeds, position_ids=positions).last_hidden_state[0]
+        assert_near(made, model.vision_head(hidden[len(prompt) : len(prompt) + 81]))
+        assert reply.new_tokens[row][82] == model.config.vision_end_token_id
+    model.config.target_inputs = "prefill"
+    assert not torch.allclose(
+        generate_reply(model, input_ids, attention_mask, max_new_tokens=83, force_image_first=True).image_embeds[0][0],
+        reply.image_embeds[0][0],
+    )

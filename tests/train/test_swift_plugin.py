@@ -168,11 +168,12 @@ def test_two_steps_of_training_make_a_checkpoint(qwen: Path, tmp_path: Path) -> 
             *(f"runs_dir={tmp_path / 'runs'}", f"model.qwen={qwen}", f"data.train={path}", f"data.heldout={path}"),
             *("data.max_length=1000", f"data.max_pixels={MAX_PIXELS}", "launch.device=cpu"),
             *("trainer.max_steps=2", "trainer.micro_batch_size=2", "trainer.global_batch_size=4"),
-            *("trainer.log_every_steps=1", "optim.warmup_steps=0"),
+            *("trainer.log_every_steps=1", "trainer.num_workers=1", "optim.warmup_steps=0"),
         ],
         cwd=REPOSITORY,
         env={**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1"},
         check=True,
+        timeout=300,  # loader processes that outlive the stage would keep it
     )
     run_dir = tmp_path / "runs" / "run" / "pretrain"
     manifest = verify(run_dir / "artifact").require("ar_checkpoint", run_dir)

@@ -144,11 +144,15 @@ class StandinsStageConfig(StageConfig):
 class PretrainObjective:
     """loss = text_loss_weight x cross-entropy + image_loss_weight x image loss, where
     image loss = (1 - cosine_fraction) x MSE + cosine_fraction x mean(1 - cosine).
+
+    target_inputs: what stands at the tokens of a picture that is being predicted, `prefill` embeddings or the
+    picture's own `embeddings`, which generation then feeds back one by one.
     """
 
     text_loss_weight: float
     image_loss_weight: float
     cosine_fraction: float
+    target_inputs: str
 
 
 @dataclass
@@ -178,6 +182,7 @@ class PretrainConfig(StageConfig):
         self.trainer.check(self.launch.world_size)
         self.logger.check()
         self.average.check()
+        one_of("objective.target_inputs", self.objective.target_inputs, "prefill", "embeddings")
         positive("data", self.data, "max_length", "max_pixels")
         if not 0 <= self.data.max_bad_fraction < 1:
             raise UserError(f"data.max_bad_fraction is {self.data.max_bad_fraction}; it must be in [0, 1)")
