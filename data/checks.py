@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from data.converters import AUTO
 from data.messages import Row
 from data.token_lengths import Length, Size, TokenLengths
 from nexus_gen.specs.errors import UserError
@@ -180,7 +179,7 @@ class RowChecker:
     """The checks of one row under fixed settings.
 
     level: how closely pictures are looked at. lengths: measures tokens, None leaves that out; max_length: None takes
-    any length. row_format: as `parse_record` takes it.
+    any length.
     """
 
     def __init__(
@@ -189,10 +188,9 @@ class RowChecker:
         by_content: bool = False,
         lengths: TokenLengths | None = None,
         max_length: int | None = None,
-        row_format: str = AUTO,
     ) -> None:
         self.level, self.by_content = level, by_content
-        self.lengths, self.max_length, self.row_format = lengths, max_length, row_format
+        self.lengths, self.max_length = lengths, max_length
 
     def pictures(self, row: Row) -> list[Picture]:
         return [inspect_picture(source, self.level, self.by_content) for source in row.images]

@@ -20,7 +20,7 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import StoredImage, open_image
 
 if TYPE_CHECKING:
-    from data.doctor import Report
+    from data.examine import Report
 
 THUMBNAIL = 112  # pixels
 BASE = math.sqrt(2)  # bins grow by this factor
@@ -128,7 +128,8 @@ def print_table(report: "Report") -> None:
     short, width = shortener(report), shutil.get_terminal_size((160, 24)).columns
     for dataset in report.datasets:
         counts = f"{dataset.rows:,} rows = {dataset.good:,} good + {dataset.quarantined:,} quarantined"
-        print(f"{dataset.path} ({dataset.role}): {counts}")
+        left_out = f" + {dataset.left_out:,} left out by the mixture" if dataset.left_out else ""
+        print(f"{dataset.path} ({dataset.role}): {counts}{left_out}")
         if dataset.tasks:
             print(f"  {shares(dataset.tasks)}; {shares(dataset.languages)}")
     print(f"{report.num_distinct:,} distinct pictures; {report.settings}")

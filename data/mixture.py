@@ -74,6 +74,10 @@ class MixtureSpec:
     epoch_rows: int | None = None
 
     @property
+    def is_mixture(self) -> bool:
+        return self.path.suffix.lower() in SUFFIXES
+
+    @property
     def files(self) -> list[Path]:
         """Every dataset file once."""
         return list(dict.fromkeys(file for source in self.sources for file in source.files))

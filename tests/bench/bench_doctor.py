@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from data.checks import RowChecker
-from data.doctor import examine
+from data.examine import examine, open_datasets
 
 NUM_ROWS = 100_000
 PICTURES = 1000
@@ -48,7 +48,7 @@ def naive(path: Path) -> int:
 
 
 def doctor(path: Path, num_workers: int) -> int:
-    return examine([("train", path)], RowChecker("exists"), num_workers=num_workers).datasets[0].good
+    return examine(open_datasets([("train", path)]), RowChecker("exists"), num_workers=num_workers).datasets[0].good
 
 
 def cpu_seconds() -> float:

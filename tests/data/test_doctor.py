@@ -11,10 +11,11 @@ import yaml
 from broken import BROKEN, Broken
 from PIL import Image
 
-from data import doctor
+import data.examine
 from data.checks import KINDS, RowChecker
-from data.doctor import Report, examine, main
+from data.doctor import main
 from data.doctor_report import QuarantineFile
+from data.examine import Report, examine, open_datasets
 from data.places import FirstPlaces
 from nexus_gen.specs.errors import UserError
 
@@ -41,7 +42,7 @@ def ask(image: str, question: str = "what?", **more: Any) -> dict[str, Any]:
 
 def check(path: Path, level: str = "decode", heldout: Path | None = None, **options: Any) -> Report:
     datasets = [("train", path)] + ([("heldout", heldout)] if heldout else [])
-    return examine(datasets, RowChecker(level, by_content=level == "decode"), num_workers=1, **options)
+    return examine(open_datasets(datasets), RowChecker(level, by_content=level == "decode"), num_workers=1, **options)
 
 
 def test_a_sound_dataset_is_counted_and_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +167,7 @@ def broken_half(directory: Path) -> Path:
 
 
 def test_nothing_depends_on_the_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "ROWS_PER_CHUNK", 7)
+    monkeypatch.setattr(data.examine, "ROWS_PER_CHUNK", 7)
     path = broken_half(tmp_path)
     written = []
     for num_workers in ("1", "3"):
@@ -227,6 +228,25 @@ def test_a_config_names_datasets_and_bounds(tmp_path: Path, capsys: pytest.Captu
     output = capsys.readouterr().out
     assert f"{data['heldout']} (heldout): 1 rows" in output
     assert f"{data['train']} (train): 1 rows" in output
+
+
+def test_a_mixture_is_checked_file_by_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, ask("a.png"), {"images": ["a.png", "b.png"], "messages": EDIT}, "{", name="one.jsonl")
+    (tmp_path / "two.json").write_text(json.dumps([{"image": "c.png", "caption": "a cat"}]))
+    mixture = tmp_path / "mixture.yaml"
+    sources = [{"path": "one.jsonl", "tasks": ["editing"]}, {"path": "t*.json", "format": "captions", "system": "x"}]
+    mixture.write_text(yaml.safe_dump({"sources": sources}))
+    report = check(mixture)
+    counts = {d.path.name: (d.rows, d.good, d.quarantined, d.left_out) for d in report.datasets}
+    assert counts == {"one.jsonl": (3, 1, 1, 1), "two.json": (1, 1, 0, 0)}
+    assert [dict(dataset.tasks) for dataset in report.datasets] == [{"editing": 1}, {"generation": 1}]
+    assert report.examples["json"][0].where == f"{tmp_path / 'one.jsonl'}:3"
+    page = tmp_path / "page.html"
+    assert main(["check", str(mixture), "--report", str(page)]) == 2
+    assert "3 rows = 1 good + 1 quarantined + 1 left out by the mixture" in capsys.readouterr().out
+    assert "left out" in page.read_text()
+    with pytest.raises(UserError, match="--format llava has no effect"):
+        main(["check", str(mixture), "--format", "llava"])
 
 
 @pytest.mark.parametrize(
