@@ -20,6 +20,8 @@ from data.examine import examine, open_datasets
 from data.token_lengths import TokenLengths
 from nexus_gen.specs.errors import UserError
 
+DATA_KEYS = ("max_pixels", "max_length", "dynamic_targets", "consistent_edit_scale", "train", "heldout")
+
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
@@ -70,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """What the doctor takes from a stage's config: model, max_pixels, max_length, train, heldout; absent ones None."""
+    """What the doctor takes from a stage's config: `model` and DATA_KEYS; absent ones None."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         data = values["data"]
@@ -80,7 +82,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"--config {path} is not the config of a stage that reads messages ({error}); give the config.yaml of its "
             "run directory, or what `nexus-gen run stage=pretrain ... --cfg` prints"
         ) from error
-    return {"model": model, **{key: data.get(key) for key in ("max_pixels", "max_length", "train", "heldout")}}
+    return {"model": model, **{key: data.get(key) for key in DATA_KEYS}}
 
 
 def token_lengths(given: argparse.Namespace, config: dict[str, Any]) -> TokenLengths | None:
@@ -102,7 +104,9 @@ def token_lengths(given: argparse.Namespace, config: dict[str, Any]) -> TokenLen
     max_pixels = given.max_pixels or config.get("max_pixels")
     if max_pixels is None:
         raise UserError("--model needs --max-pixels, the bound of context pictures; or give --config")
-    return TokenLengths(model, max_pixels)
+    return TokenLengths(
+        model, max_pixels, *(bool(config.get(key)) for key in ("dynamic_targets", "consistent_edit_scale"))
+    )
 
 
 def main(argv: list[str]) -> int:

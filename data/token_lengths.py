@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from data.messages import Row
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import MERGE_SIZE, NUM_TARGET_TOKENS
-from nexus_gen.specs.images import context_size
+from nexus_gen.specs.geometry import MERGE_SIZE
+from nexus_gen.specs.images import PictureSizing
 from nexus_gen.specs.prompts import IMAGE_TAG
 
 if TYPE_CHECKING:
@@ -36,11 +36,18 @@ class Length:
 
 
 class TokenLengths:
-    """Lengths under the processor of a Qwen2.5-VL directory, with context pictures bounded by max_pixels."""
+    """Lengths under the processor of a Qwen2.5-VL directory, of pictures in the sizes of a `PictureSizing`."""
 
-    def __init__(self, qwen: str | os.PathLike[str], max_pixels: int) -> None:
+    def __init__(
+        self,
+        qwen: str | os.PathLike[str],
+        max_pixels: int,
+        dynamic_targets: bool = False,
+        consistent_edit_scale: bool = False,
+    ) -> None:
         self.patch_size = read_patch_size(Path(qwen))
         self.max_pixels = max_pixels
+        self._sizing = PictureSizing(self.patch_size, max_pixels, dynamic_targets, consistent_edit_scale)
         self._tokenizer = load_tokenizer(Path(qwen))
         image_token = self._tokenizer.token_to_id(IMAGE_TOKEN)
         if image_token is None:
@@ -63,15 +70,10 @@ class TokenLengths:
         return lengths
 
     def picture_tokens(self, row: Row, sizes: Sequence[Size]) -> list[int]:
-        """Tokens of each picture: those of a target picture are fixed, those of a context picture follow its size."""
+        """Tokens of each picture, in tag order."""
         is_target = [m["role"] == "assistant" for m in row.messages for _ in range(m["content"].count(IMAGE_TAG))]
         unit = MERGE_SIZE * self.patch_size
-        return [
-            NUM_TARGET_TOKENS
-            if target
-            else math.prod(context_size(width, height, self.patch_size, self.max_pixels)) // unit**2
-            for target, (width, height) in zip(is_target, sizes, strict=True)
-        ]
+        return [math.prod(size) // unit**2 for size in self._sizing.sizes(sizes, is_target)]
 
     def _expand(self, ids: list[int], counts: list[int]) -> Length:
         """Each image token becomes as many as its picture has."""

@@ -7,6 +7,7 @@ embeddings and vision_end yields the 81 embeddings and the next text token: one 
 Legend: B rows, L new positions of a step, D width, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +26,7 @@ from nexus_gen.autoregressive import (
 )
 from nexus_gen.compat import ensure_torchvision
 from nexus_gen.packed_vision import PackedVisionTower
-from nexus_gen.specs.geometry import MERGE_SIZE, NUM_TARGET_TOKENS, TARGET_GRID
+from nexus_gen.specs.geometry import MERGE_SIZE, TARGET_GRIDS
 from nexus_gen.vision_tower import VisionTower, vision_embeds
 
 ensure_torchvision()
@@ -39,7 +40,6 @@ from transformers.generation import (  # noqa: E402
     TopPLogitsWarper,
 )
 
-TARGET_SIDE = TARGET_GRID // MERGE_SIZE  # 9 merged tokens
 PositionsAfterImage = Literal["published", "trained"]
 DecoderLayer = Callable[[nn.Module, Tensor, tuple[Tensor, Tensor]], Tensor]
 
@@ -82,7 +82,8 @@ class Reply:
     """What `generate_reply` returns.
 
     sequences: (B, S) prompts followed by replies, padded on the right after a reply's end.
-    new_tokens: per row the reply alone, unpadded. image_embeds: per row its images, (81, D) each.
+    new_tokens: per row the reply alone, unpadded. image_embeds: per row its images, (81, D) each, or as
+    many as the target grid has.
     """
 
     sequences: Tensor
@@ -103,6 +104,7 @@ def generate_reply(
     generator: torch.Generator | None = None,
     force_image_first: bool = False,
     positions_after_image: PositionsAfterImage = "published",
+    target_grid: tuple[int, int] = TARGET_GRIDS[0],
 ) -> Reply:
     """Continue prompts with text and images.
 
@@ -110,9 +112,10 @@ def generate_reply(
     the batch in row order. max_new_tokens counts image tokens; an image begun within it is finished. A row ends at
     an end-of-sequence token. force_image_first: the first new token is vision_start.
     positions_after_image: where text continues behind an image at position p. "published" counts its tokens (p + 81),
-    as the published generation does; "trained" counts its side (p + 9), as training does.
-    generator: on the model's device; seeds `do_sample`.
-    Raises ValueError on prompts padded on the right or ending in vision_start.
+    as the published generation does; "trained" counts its longer side (p + 9), as training does.
+    target_grid: rows and columns of the images' merged tokens, one of TARGET_GRIDS; others than 9 x 9 need a model that
+    was trained with dynamic targets. generator: on the model's device; seeds `do_sample`.
+    Raises ValueError on prompts padded on the right or ending in vision_start, and for another target_grid.
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -121,7 +124,10 @@ def generate_reply(
     if bool((input_ids[:, -1] == model.config.vision_start_token_id).any()):
         raise ValueError("a prompt ends in vision_start; leave it out and set force_image_first")
 
-    decoding = _Decoding(model, attention_mask, positions_after_image)
+    if target_grid not in TARGET_GRIDS:
+        raise ValueError(f"target_grid {target_grid} is none of {', '.join(map(str, TARGET_GRIDS))}")
+
+    decoding = _Decoding(model, attention_mask, positions_after_image, target_grid)
     logits_BV = decoding.prefill(input_ids, pixel_values, image_grid_thw)
     processors: Any = (sampling or Sampling()).processors
     do_sample = sampling is not None and sampling.do_sample
@@ -150,7 +156,8 @@ def generate_reply(
             replies[row].append(token)
             is_image = token == model.config.vision_start_token_id
             if is_image:
-                replies[row] += [model.config.image_token_id] * NUM_TARGET_TOKENS + [model.config.vision_end_token_id]
+                replies[row] += [model.config.image_token_id] * math.prod(target_grid)
+                replies[row].append(model.config.vision_end_token_id)
             is_open[row] = token not in ends and len(replies[row]) < max_new_tokens
             if not is_open[row] and not is_image:
                 fed[row] = None  # nothing reads what would follow
@@ -258,17 +265,20 @@ class _Decoding:
         model: NexusGenForConditionalGeneration,
         attention_mask: Tensor,
         positions_after_image: PositionsAfterImage,
+        target_grid: tuple[int, int],
     ) -> None:
         self.model = model
         self.attention_mask = attention_mask
-        self.image_advance = NUM_TARGET_TOKENS if positions_after_image == "published" else TARGET_SIDE
+        rows, columns = target_grid
+        self.image_tokens = rows * columns
+        self.image_advance = self.image_tokens if positions_after_image == "published" else max(target_grid)
         self.image_embeds: list[list[Tensor]] = [[] for _ in range(attention_mask.shape[0])]
         self.next_positions: list[int] = []
         text_config: Any = model.config.text_config
         self.cache = DynamicCache(config=text_config)
         device = attention_mask.device
-        side = torch.arange(TARGET_SIDE, device=device)
-        row_N, column_N = side.repeat_interleave(TARGET_SIDE), side.repeat(TARGET_SIDE)
+        row_N = torch.arange(rows, device=device).repeat_interleave(columns)
+        column_N = torch.arange(columns, device=device).repeat(rows)
         grid_3N = torch.stack([torch.zeros_like(row_N), row_N, column_N])
         # Positions of vision_start, the image and vision_end, counted from vision_start.
         self.image_positions = torch.cat(
@@ -292,7 +302,7 @@ class _Decoding:
         image_rows = [row for row, token in enumerate(tokens) if token == self.model.config.vision_start_token_id]
         if image_rows and self.model.target_inputs == "embeddings":
             return self._step_feeding_back(tokens, image_rows)
-        length = NUM_TARGET_TOKENS + 2 if image_rows else 1
+        length = self.image_tokens + 2 if image_rows else 1
         present = torch.tensor([token is not None for token in tokens], device=device)
         ids_B = torch.tensor([token or 0 for token in tokens], device=device)
         embed = self.model.get_input_embeddings()
@@ -304,7 +314,7 @@ class _Decoding:
         position_ids = torch.zeros(3, len(tokens), length, dtype=torch.long, device=device)
         position_ids[:, :, -1] = torch.tensor(self.next_positions, device=device)
         if image_rows:
-            prefill_ND = self.model.image_prefill_embeds(torch.arange(NUM_TARGET_TOKENS, device=device))
+            prefill_ND = self.model.image_prefill_embeds(torch.arange(self.image_tokens, device=device))
             end_D = embed(torch.tensor([self.model.config.vision_end_token_id], device=device))
             for row in image_rows:
                 embeds_BLD[row] = torch.cat([text_BD[row : row + 1], prefill_ND, end_D])
@@ -314,7 +324,7 @@ class _Decoding:
         hidden_BLD = self._forward(embeds_BLD, position_ids)
         for row, token in enumerate(tokens):
             if row in image_rows:
-                self.image_embeds[row].append(self.model.vision_head(hidden_BLD[row, :NUM_TARGET_TOKENS]))
+                self.image_embeds[row].append(self.model.vision_head(hidden_BLD[row, : self.image_tokens]))
                 self.next_positions[row] += 2 + self.image_advance
             elif token is not None:
                 self.next_positions[row] += 1
@@ -339,7 +349,7 @@ class _Decoding:
         hidden_B1D = feed(embed(ids_B), present_B, start_B.expand(3, -1))
         logits_BV = self._logits(hidden_B1D)
         made = []
-        for token in range(NUM_TARGET_TOKENS):
+        for token in range(self.image_tokens):
             made.append(self.model.vision_head(hidden_B1D[:, 0]))
             hidden_B1D = feed(made[-1], is_image_B, start_B + self.image_positions[:, 1 + token, None])
         end_B = torch.full_like(ids_B, self.model.config.vision_end_token_id)

@@ -14,7 +14,7 @@ from torch import Tensor
 from nexus_gen.autoregressive import IGNORE_INDEX
 from nexus_gen.compat import ensure_torchvision
 from nexus_gen.specs.geometry import MERGE_SIZE, TARGET_GRID
-from nexus_gen.specs.images import context_size, squash
+from nexus_gen.specs.images import PictureSizing
 from nexus_gen.specs.prompts import IMAGE_TAG
 
 ensure_torchvision()
@@ -29,10 +29,15 @@ def target_size(processor: Qwen2_5_VLProcessor) -> int:
     return TARGET_GRID * processor.image_processor.patch_size
 
 
-def bound(image: Image.Image, processor: Qwen2_5_VLProcessor, max_pixels: int) -> Image.Image:
-    """A context picture, resized as Qwen does: sides multiples of a merged patch, at most `max_pixels`, aspect kept."""
-    size = context_size(image.width, image.height, processor.image_processor.patch_size, max_pixels)
-    return image.resize(size, Image.Resampling.BICUBIC)
+def resized(
+    images: Sequence[Image.Image],
+    is_target: Sequence[bool],
+    sizing: PictureSizing,
+    coming: tuple[int, int] | None = None,
+) -> list[Image.Image]:
+    """The pictures of a conversation in the sizes that the model sees them in (bicubic); arguments as of `sizes`."""
+    sizes = sizing.sizes([image.size for image in images], is_target, coming)
+    return [image.resize(size, Image.Resampling.BICUBIC) for image, size in zip(images, sizes, strict=True)]
 
 
 def patches(processor: Qwen2_5_VLProcessor, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
@@ -47,22 +52,24 @@ def encode(
     images: Sequence[Image.Image],
     max_pixels: int,
     reply_prefix: str | None = None,
+    *,
+    consistent_edit_scale: bool = False,
 ) -> dict[str, Tensor]:
     """One conversation as (S,) input_ids and labels, pixel_values and image_grid_thw (absent without pictures).
 
     labels: -100 but at the tokens of target images, which are what embeddings are predicted for.
     reply_prefix: open an assistant turn that begins with these words, for the model to go on from.
+    consistent_edit_scale: context pictures take the square of the target that follows, which may be the one to come.
     """
     tokenizer: Any = processor.tokenizer
-    sized: list[Image.Image] = []
-    counts: list[int] = []
-    for message in messages:
-        for _ in range(message["content"].count(IMAGE_TAG)):
-            image = images[len(sized)]
-            is_target = message["role"] == "assistant"
-            sized.append(squash(image, target_size(processor)) if is_target else bound(image, processor, max_pixels))
-            factor = MERGE_SIZE * processor.image_processor.patch_size
-            counts.append((sized[-1].height // factor) * (sized[-1].width // factor))
+    is_target_image = [
+        message["role"] == "assistant" for message in messages for _ in range(message["content"].count(IMAGE_TAG))
+    ]
+    patch_size = processor.image_processor.patch_size
+    sizing = PictureSizing(patch_size, max_pixels, consistent_edit_scale=consistent_edit_scale)
+    coming = sizing.target_size((1, 1)) if reply_prefix is not None else None
+    sized = resized(images, is_target_image, sizing, coming)
+    counts = [image.width * image.height // (MERGE_SIZE * patch_size) ** 2 for image in sized]
     remaining = iter(counts)
 
     def with_image_tokens(content: str) -> str:
@@ -70,9 +77,6 @@ def encode(
         tokens = (f"<|vision_start|>{'<|image_pad|>' * next(remaining)}<|vision_end|>{tail}" for tail in tails)
         return head + "".join(tokens)
 
-    is_target_image = [
-        message["role"] == "assistant" for message in messages for _ in range(message["content"].count(IMAGE_TAG))
-    ]
     expanded = [{"role": message["role"], "content": with_image_tokens(message["content"])} for message in messages]
     text = tokenizer.apply_chat_template(expanded, tokenize=False, add_generation_prompt=reply_prefix is not None)
     input_ids = tokenizer(text + (reply_prefix or ""), return_tensors="pt").input_ids[0]

@@ -112,7 +112,7 @@ class NexusGen:
 
         reply: the assistant's words up to its `<image>` tag.
         """
-        inputs = self._prompt(content, images, reply_prefix=reply.split(IMAGE_TAG)[0])
+        inputs = self._prompt(content, images, reply.split(IMAGE_TAG)[0], self.paths.consistent_edit_scale)
         made = generate_reply(
             self.autoregressive, **inputs, max_new_tokens=NUM_TARGET_TOKENS + 2, force_image_first=True
         )
@@ -196,8 +196,8 @@ class NexusGen:
         )
         return [as_picture(pixels) for pixels in self.vae.decode(latents)]
 
-    def _prompt(self, prompt: str, images: list[Picture], reply_prefix: str) -> dict[str, Any]:
-        """A user turn and the beginning of the reply, as `generate_reply` takes them."""
+    def _prompt(self, prompt: str, images: list[Picture], reply_prefix: str, as_target: bool = False) -> dict[str, Any]:
+        """A user turn and the beginning of the reply, as `generate_reply` takes them; pictures in a target's size."""
         tags = prompt.count(IMAGE_TAG)
         if tags != len(images):
             raise UserError(
@@ -209,6 +209,7 @@ class NexusGen:
             [as_image(image) for image in images],
             self.paths.max_pixels,
             reply_prefix,
+            consistent_edit_scale=as_target,
         )
         batch = collate([row], self.processor.tokenizer.pad_token_id)
         del batch["labels"]

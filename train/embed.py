@@ -32,6 +32,7 @@ from nexus_gen.conversation import collate, encode, patches, target_size
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS, NUM_TARGET_TOKENS, REFERENCE_GRID
 from nexus_gen.specs.images import cover_crop, open_image, squash, to_array
+from nexus_gen.specs.models import trained_details
 from nexus_gen.specs.prompts import IMAGE_TAG
 from nexus_gen.vae import FluxVae
 from train.metrics import METRICS
@@ -215,8 +216,9 @@ class EmbedEditingStage(EmbedStage[EmbedEditingConfig]):
 
     def embed(self, rows: list[Row]) -> dict[str, Tensor]:
         pictures = [[open_image(path) for path in row.images] for row in rows]
+        consistent = trained_details(Path(self.config.embed.autoregressive)).get("consistent_edit_scale", False)
         encoded = [
-            encode(self.processor, row.messages, images, self.config.data.max_pixels)
+            encode(self.processor, row.messages, images, self.config.data.max_pixels, consistent_edit_scale=consistent)
             for row, images in zip(rows, pictures, strict=True)
         ]
         batch = collate(encoded, self.processor.tokenizer.pad_token_id)

@@ -83,6 +83,8 @@ class PretrainStage(Stage[PretrainConfig]):
             save_autoregressive(pipeline.model, directory, processor_from=config.model.qwen, state_dict=weights)
             return {
                 "max_pixels": config.data.max_pixels,
+                "consistent_edit_scale": config.data.consistent_edit_scale,
+                "dynamic_targets": config.data.dynamic_targets,
                 "max_length": config.data.max_length,
                 "hidden_size": pipeline.model.config.get_text_config().hidden_size,
                 "target_grid": TARGET_GRID,
@@ -129,8 +131,10 @@ class PretrainPipeline(SwiftSft):
 
     def _prepare_dataset(self) -> list[Any]:
         """Rows straight from their files: swift would copy them into a cache outside the run."""
-        trainer = self.config.trainer
-        mixture = Mixture(self.config.data.train, self.config.seed)
+        data, trainer = self.config.data, self.config.trainer
+        self.template.dynamic_targets = data.dynamic_targets
+        self.template.consistent_edit_scale = data.consistent_edit_scale
+        mixture = Mixture(data.train, self.config.seed)
         num_samples = trainer.max_steps * trainer.global_batch_size
         for source, count in zip(mixture.spec.sources, mixture.counts, strict=True):
             log.info("%d rows of an epoch from %s", count, source.path)

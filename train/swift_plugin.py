@@ -17,9 +17,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor
 
 from nexus_gen.ar_checkpoint import load_autoregressive, load_processor
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration, NexusGenOutput
-from nexus_gen.conversation import bound, patches, target_size
+from nexus_gen.conversation import patches, resized
 from nexus_gen.specs.geometry import MERGE_SIZE
-from nexus_gen.specs.images import open_image, squash
+from nexus_gen.specs.images import PictureSizing, open_image
 from nexus_gen.specs.prompts import IMAGE_TAG
 from train.message_stream import TooLong
 
@@ -54,8 +54,8 @@ class NexusGenLoader(ModelLoader):
 class NexusGenTemplate(Qwen2_5VLTemplate):
     """Rows with pictures on both sides: those of user turns are looked at, those of replies are learned.
 
-    Pictures of replies are squashed to 18 x 18 patches and their tokens are labels, as are the vision_start and
-    vision_end around them; pictures of user turns are bounded by `max_pixels` and are no labels. Target embeddings
+    The tokens of pictures of replies are labels, as are the vision_start and vision_end around them; those of pictures
+    of user turns are none. `PictureSizing` says in which sizes both are seen. Target embeddings
     come from the model's own forward, so swift's post-encode hook has nothing to do.
 
     on_loss: called with every training output and its inputs, before the backward pass.
@@ -63,6 +63,8 @@ class NexusGenTemplate(Qwen2_5VLTemplate):
 
     model_accepts_loss_kwargs = False  # micro-batches are averaged plainly; swift would weigh them by label tokens
     _requires_mm_token_type_ids = False  # the model tells modalities by token ids
+    dynamic_targets = False
+    consistent_edit_scale = False
     on_loss: Callable[[NexusGenOutput, dict[str, Any]], None] | None = None
 
     def init_processor(self, processor: Any) -> None:
@@ -91,13 +93,15 @@ class NexusGenTemplate(Qwen2_5VLTemplate):
         """
         roles = [message["role"] for message in inputs.messages for _ in range(message["content"].count(IMAGE_TAG))]
         encoded = Template._encode(self, inputs)  # above Qwen's, which would resize and label differently
-        images = []
-        for path, role in zip(inputs.images, roles, strict=True):
-            image = open_image(path)
-            if role == "assistant":
-                images.append(squash(image, target_size(self.processor)))
-            else:
-                images.append(bound(image, self.processor, self.max_pixels))
+        sizing = PictureSizing(
+            self.processor.image_processor.patch_size,
+            self.max_pixels,
+            self.dynamic_targets,
+            self.consistent_edit_scale,
+        )
+        images = resized(
+            [open_image(image) for image in inputs.images], [role == "assistant" for role in roles], sizing
+        )
         grids = torch.zeros(0, 3, dtype=torch.long)
         if images:
             encoded["pixel_values"], encoded["image_grid_thw"] = patches(self.processor, images)

@@ -11,6 +11,9 @@ MERGE_SIZE = 2
 TARGET_GRID = 18  # a target image is 18 x 18 patches: 252 px at patch 14
 REFERENCE_GRID = 36  # a reference image of the editing decoder: 504 px at patch 14
 NUM_TARGET_TOKENS = (TARGET_GRID // MERGE_SIZE) ** 2  # 81
+# Rows and columns of merged tokens that a target image of dynamic aspect may have. The published list has 7 x 12 too:
+# 84 tokens, more than the 81 prefill embeddings of the released layout.
+TARGET_GRIDS = ((9, 9), (8, 10), (10, 8), (7, 11), (11, 7), (6, 12), (12, 6))
 NUM_REFERENCE_TOKENS = (REFERENCE_GRID // MERGE_SIZE) ** 2  # 324
 
 

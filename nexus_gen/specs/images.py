@@ -4,7 +4,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import MERGE_SIZE
+from nexus_gen.specs.geometry import MERGE_SIZE, TARGET_GRIDS
 
 MAX_ASPECT = 200  # Qwen's processor refuses pictures that are longer and narrower
 
@@ -161,6 +161,44 @@ def context_size(width: int, height: int, patch_size: int, max_pixels: int) -> t
         grow = math.sqrt(smallest / (width * height))
         sides = [math.ceil(side * grow / unit) * unit for side in (width, height)]
     return sides[0], sides[1]
+
+
+@dataclass(frozen=True)
+class PictureSizing:
+    """In which size the model sees the pictures of a conversation; sizes are (width, height) in pixels.
+
+    Target pictures are 18 x 18 patches. dynamic_targets: they take the grid of TARGET_GRIDS whose aspect is nearest to
+    theirs. Context pictures keep their aspect within max_pixels. consistent_edit_scale: those before a target picture
+    take the size of the next one.
+    """
+
+    patch_size: int
+    max_pixels: int
+    dynamic_targets: bool = False
+    consistent_edit_scale: bool = False
+
+    def target_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size that a target picture of this size gets."""
+        grids = TARGET_GRIDS if self.dynamic_targets else TARGET_GRIDS[:1]
+        aspect = math.log(size[0] / size[1])
+        rows, columns = min(grids, key=lambda grid: abs(math.log(grid[1] / grid[0]) - aspect))
+        unit = MERGE_SIZE * self.patch_size
+        return columns * unit, rows * unit
+
+    def sizes(
+        self, sizes: Sequence[tuple[int, int]], is_target: Sequence[bool], coming: tuple[int, int] | None = None
+    ) -> list[tuple[int, int]]:
+        """The size of each picture of a conversation in order. coming: the size of a target picture yet to be made.
+
+        ValueError for a context picture of which one side is more than 200 times the other.
+        """
+        seen = []
+        for size, target in zip(reversed(sizes), reversed(is_target), strict=True):
+            if target:
+                coming = self.target_size(size)
+            follows = target or (self.consistent_edit_scale and coming)
+            seen.append(coming if follows and coming else context_size(*size, self.patch_size, self.max_pixels))
+        return seen[::-1]
 
 
 def to_array(image: Image.Image) -> np.ndarray:

@@ -56,7 +56,7 @@ RELEASED_LANGUAGE = LanguageGeometry(vocab_size=152064, num_layers=28, **RELEASE
 
 @dataclass(frozen=True)
 class ModelPaths:
-    """autoregressive: checkpoint directory. max_pixels: bound of context pictures, as it was trained with.
+    """autoregressive: checkpoint directory. max_pixels, consistent_edit_scale: how it was trained to see pictures.
 
     decoder_kind, decoder, flux: None for a command that paints nothing.
     details: the decoder's `transformer`, `vae`, `image_size`, `embed_dim` and `sampling` defaults.
@@ -68,6 +68,7 @@ class ModelPaths:
     decoder: Path | None = None
     flux: Path | None = None
     details: dict[str, Any] | None = None
+    consistent_edit_scale: bool = False
 
     @staticmethod
     def find(
@@ -84,11 +85,11 @@ class ModelPaths:
             raise UserError(
                 f"{autoregressive} holds no checkpoint; finish stage=pretrain of {run}, or give --autoregressive"
             )
-        max_pixels = RELEASED_MAX_PIXELS
-        if (autoregressive / MANIFEST).is_file():
-            max_pixels = Manifest.load(autoregressive).require("ar_checkpoint", autoregressive).details["max_pixels"]
+        trained = trained_details(autoregressive)
+        max_pixels = trained.get("max_pixels", RELEASED_MAX_PIXELS)
+        consistent = trained.get("consistent_edit_scale", False)
         if decoder is None:
-            return ModelPaths(autoregressive, max_pixels)
+            return ModelPaths(autoregressive, max_pixels, consistent_edit_scale=consistent)
         where = decoder_path or run / decoder / "artifact"
         if not where.exists():
             raise UserError(f"{where} does not exist; finish stage={decoder} of {run}, or give --decoder")
@@ -101,4 +102,11 @@ class ModelPaths:
             raise UserError(
                 f"{flux} does not exist; give --flux with a FLUX.1-dev directory (its VAE and text encoders are needed)"
             )
-        return ModelPaths(autoregressive, max_pixels, decoder, where, flux, details)
+        return ModelPaths(autoregressive, max_pixels, decoder, where, flux, details, consistent)
+
+
+def trained_details(autoregressive: Path) -> dict[str, Any]:
+    """What the manifest of an autoregressive checkpoint says of its training; nothing for one that came without."""
+    if not (autoregressive / MANIFEST).is_file():
+        return {}
+    return Manifest.load(autoregressive).require("ar_checkpoint", autoregressive).details

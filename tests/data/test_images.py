@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.images import context_size, cover_crop, open_image, open_size, squash, to_array
+from nexus_gen.specs.geometry import NUM_TARGET_TOKENS, TARGET_GRIDS
+from nexus_gen.specs.images import PictureSizing, context_size, cover_crop, open_image, open_size, squash, to_array
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
@@ -77,6 +78,29 @@ def test_geometry() -> None:
     array = to_array(image)
     assert array.shape == (3, 100, 200)
     assert (array.min(), array.max()) == (-1, 1)
+
+
+def test_targets_take_the_grid_whose_aspect_is_nearest() -> None:
+    square, dynamic = PictureSizing(14, 262640), PictureSizing(14, 262640, dynamic_targets=True)
+    expected = {(512, 512): (9, 9), (640, 480): (10, 8), (480, 640): (8, 10), (1500, 1000): (11, 7), (90, 160): (6, 12)}
+    for size, (columns, rows) in {**expected, (9000, 10): (12, 6)}.items():
+        assert dynamic.target_size(size) == (28 * columns, 28 * rows), size
+        assert square.target_size(size) == (252, 252)
+    assert all(rows * columns <= NUM_TARGET_TOKENS for rows, columns in TARGET_GRIDS)
+    assert {grid[::-1] for grid in TARGET_GRIDS} == set(TARGET_GRIDS)
+
+
+def test_an_edit_is_seen_in_the_scale_of_its_result() -> None:
+    sizes, is_target = [(640, 480), (480, 640), (640, 480), (200, 100)], [False, False, True, False]
+    plain = PictureSizing(14, 262640).sizes(sizes, is_target)
+    assert plain == [(588, 420), (420, 588), (252, 252), (196, 112)]
+    consistent = PictureSizing(14, 262640, consistent_edit_scale=True)
+    assert consistent.sizes(sizes, is_target) == [(252, 252)] * 3 + [(196, 112)]  # nothing is made behind the last
+    both = PictureSizing(14, 262640, dynamic_targets=True, consistent_edit_scale=True)
+    assert both.sizes(sizes, is_target) == [(280, 224)] * 3 + [(196, 112)]
+    assert consistent.sizes(sizes[:1], [False], coming=(252, 252)) == [(252, 252)]
+    with pytest.raises(ValueError, match="200 times"):
+        both.sizes([(6000, 20)], [False])
 
 
 @pytest.mark.parametrize(("patch_size", "max_pixels"), [(14, 262640), (14, 28 * 28 * 4), (6, 5184), (16, 10**6)])

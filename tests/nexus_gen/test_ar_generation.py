@@ -107,6 +107,46 @@ def test_generation_equals_the_published_one(model: NexusGenForConditionalGenera
     assert_near(reply.image_embeds[0][0], case["output_image_embeddings"][0])
 
 
+@pytest.mark.parametrize("grid", [(8, 10), (11, 7), (6, 12)])
+def test_an_image_of_another_aspect_is_what_training_predicts(
+    model: NexusGenForConditionalGeneration, grid: tuple[int, int]
+) -> None:
+    config, case = model.config, load_file(GOLDEN / "generate_text_prompt.safetensors")
+    reply = generate_reply(
+        model,
+        case["input_ids"],
+        max_new_tokens=grid[0] * grid[1] + 4,
+        force_image_first=True,
+        positions_after_image="trained",
+        target_grid=grid,
+    )
+    image = [config.image_token_id] * (grid[0] * grid[1])
+    assert reply.new_tokens[0][: len(image) + 2].tolist() == [
+        config.vision_start_token_id,
+        *image,
+        config.vision_end_token_id,
+    ]
+    labels = reply.sequences.clone()
+    labels[:, : case["input_ids"].shape[1]] = -100
+    patch_values = model.model.visual.config.in_channels * 2 * model.model.visual.config.patch_size**2
+    with torch.no_grad():
+        output = model(
+            input_ids=reply.sequences,
+            labels=labels,
+            pixel_values=torch.randn(4 * len(image), patch_values, generator=torch.Generator().manual_seed(0)),
+            image_grid_thw=torch.tensor([[1, 2 * grid[0], 2 * grid[1]]]),
+            all_positions=True,
+        )
+    assert_near(reply.image_embeds[0][0], output.predicted_embeds)
+    behind = output.logits[0, -len(reply.new_tokens[0]) + len(image) + 1 : -1].argmax(-1)  # text after the image
+    assert behind.tolist() == reply.new_tokens[0][len(image) + 2 :].tolist()
+
+
+def test_a_grid_without_prefill_embeddings_is_refused(model: NexusGenForConditionalGeneration) -> None:
+    with pytest.raises(ValueError, match=r"target_grid \(7, 12\) is none of \(9, 9\), "):
+        generate_reply(model, torch.tensor([[1, 2]]), max_new_tokens=5, target_grid=(7, 12))
+
+
 @pytest.mark.parametrize(("convention", "image_advance"), [("published", 81), ("trained", 9)])
 def test_batched_one_pass_equals_one_by_one(
     model: NexusGenForConditionalGeneration, convention: PositionsAfterImage, image_advance: int

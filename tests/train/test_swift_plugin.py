@@ -99,6 +99,20 @@ def test_targets_are_squashed_and_context_is_bounded(template: NexusGenTemplate,
     assert context[1] * context[2] * PATCH_SIZE**2 <= MAX_PIXELS
 
 
+def test_targets_of_dynamic_aspect_are_learned(qwen: Path, rows: Path) -> None:
+    template = build_template(qwen)
+    template.dynamic_targets = template.consistent_edit_scale = True
+    encoded = template.encode(swift_row("editing", rows))
+    assert encoded["image_grid_thw"].tolist() == [[1, 24, 12]] * 2  # tall.png is 40 x 90
+    batch = template.data_collator([encoded, template.encode(swift_row("several turns and images", rows))])
+    output = template.model(**batch)
+    output.loss.backward()
+    image_tokens = batch["labels"] == template.image_token_id
+    assert len(output.predicted_embeds) == image_tokens.sum() == 72 * 2 + 72
+    gradient = template.model.image_prefill_embeds.weight.grad
+    assert gradient[:72].abs().sum(dim=1).all() and not gradient[72:].any()
+
+
 def test_a_mixed_batch_is_positioned_as_its_rows_are(template: NexusGenTemplate, rows: Path) -> None:
     encoded = [template.encode(swift_row(task, rows)) for task in ROWS]
     batch = template.data_collator([dict(row) for row in encoded])

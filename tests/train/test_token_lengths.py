@@ -24,6 +24,7 @@ CONVERSATIONS: list[list[tuple[str, str]]] = [
     [("user", "<image>\nWhat is this?"), ("assistant", "\n\n It is a cat.  ")],
     [("user", "  把圆形变成蓝色 <image> \n"), ("assistant", "  <image>\n")],
     [("system", "Be red."), ("user", "<image><image> and <image>"), ("assistant", "<image>the<image>")],
+    [("user", "<video> <bbox> <ref-object> <cot-process>"), ("assistant", "<audio> a cat <start-image> <img>a</img>")],
     [("system", ""), ("user", "What?"), ("assistant", "A cat.\n")],
     [("user", "What?"), ("assistant", "<image>"), ("user", "Make the circle <image>"), ("assistant", "\nblue <image>")],
 ]
@@ -50,13 +51,18 @@ def rows(directory: Path) -> list[Row]:
     return list(read_rows(directory / "rows.jsonl"))
 
 
-def test_lengths_are_those_of_training(qwen: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dynamic_targets", [False, True])
+@pytest.mark.parametrize("consistent_edit_scale", [False, True])
+def test_lengths_are_those_of_training(
+    dynamic_targets: bool, consistent_edit_scale: bool, qwen: Path, tmp_path: Path
+) -> None:
     _, processor = get_model_processor(str(qwen), model_type=NAME, load_model=False)
     template: Any = get_template(processor, template_type=NAME, max_length=10_000, max_pixels=MAX_PIXELS)
     assert isinstance(template, NexusGenTemplate)
     template.set_mode("train")
+    template.dynamic_targets, template.consistent_edit_scale = dynamic_targets, consistent_edit_scale
     found = rows(tmp_path)
-    checker = RowChecker("header", lengths=TokenLengths(qwen, MAX_PIXELS))
+    checker = RowChecker("header", lengths=TokenLengths(qwen, MAX_PIXELS, dynamic_targets, consistent_edit_scale))
     lengths = checker.measure(found, [checker.pictures(row) for row in found])
     image_token = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     for row, length in zip(found, lengths, strict=True):

@@ -212,10 +212,14 @@ class MessagesConfig:
 
     max_length: tokens of a row after image resizing; a longer row is bad, never cut. max_bad_fraction: of the rows read
     so far (a thousand at least); bad rows are quarantined and replaced, and past this rate the run stops.
+    dynamic_targets: target images keep their aspect about, in grids of at most 81 tokens. consistent_edit_scale:
+    pictures of user turns are seen in the size of the target image that follows.
     """
 
     max_length: int
     max_pixels: int
+    dynamic_targets: bool
+    consistent_edit_scale: bool
     max_bad_fraction: Annotated[float, RUNTIME]
     train: PathStr
     heldout: PathStr
