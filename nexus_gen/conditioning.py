@@ -52,7 +52,7 @@ class EditingProjector(nn.Module):
     when that is bfloat16; False keeps float32.
     """
 
-    def __init__(self, geometry: ProjectorGeometry, context_dim: int, round_positions: bool = True) -> None:
+    def __init__(self, geometry: ProjectorGeometry, context_dim: int, round_positions: bool = False) -> None:
         super().__init__()
         self.round_positions = round_positions
         self.config = Qwen2_5_VLTextConfig(

@@ -93,7 +93,7 @@ def build_generation_decoder(flux: FluxGeometry, embed_dim: int) -> GenerationDe
 
 
 def build_editing_decoder(
-    flux: FluxGeometry, projector: ProjectorGeometry, round_positions: bool = True
+    flux: FluxGeometry, projector: ProjectorGeometry, round_positions: bool = False
 ) -> EditingDecoder:
     """A randomly initialised editing decoder; `init_from_qwen` gives its projector's layer the published start."""
     return EditingDecoder(FluxTransformer(flux), EditingProjector(projector, flux.context_dim, round_positions))

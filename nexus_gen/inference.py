@@ -77,7 +77,9 @@ class NexusGen:
             if self.paths.decoder_kind == "generation_decoder":
                 decoder: GenerationDecoder | EditingDecoder = build_generation_decoder(flux, self.details["embed_dim"])
             else:
-                decoder = build_editing_decoder(flux, ProjectorGeometry(**self.details["projector"]))
+                decoder = build_editing_decoder(
+                    flux, ProjectorGeometry(**self.details["projector"]), self.details["round_positions"]
+                )
         assert self.paths.decoder is not None
         load_decoder(decoder, self.paths.decoder, self.dtype, self.device)
         return decoder.eval()

@@ -59,7 +59,7 @@ def meta_decoder(config: DecoderConfig, embed_dim: int) -> Decoder:
                     f"{config.shards} holds embeddings of width {embed_dim} and model.qwen {config.model.qwen} is "
                     f"{projector.hidden_size} wide; give the checkpoint that the embeddings come from"
                 )
-            decoder = build_editing_decoder(config.model.transformer, projector)
+            decoder = build_editing_decoder(config.model.transformer, projector, config.objective.round_positions)
     return decoder.to(DTYPES[config.trainer.precision])
 
 
@@ -88,7 +88,9 @@ def build_initial_decoder(config: DecoderConfig, embed_dim: int) -> Decoder:
             decoder.adapter = GenerationAdapter(embed_dim, context_dim).to(dtype)
         else:
             assert isinstance(config, EditingDecoderConfig)
-            projector = EditingProjector(projector_geometry(config.model.qwen), context_dim).to(dtype)
+            projector = EditingProjector(
+                projector_geometry(config.model.qwen), context_dim, config.objective.round_positions
+            ).to(dtype)
             if config.init.projector == "qwen":
                 init_from_qwen(projector, config.model.qwen)
             decoder.embedding_merger = projector
@@ -198,6 +200,7 @@ class DecoderStage(Stage[DecoderConfig]):
         }
         if isinstance(config, EditingDecoderConfig):
             details["projector"] = dataclasses.asdict(projector_geometry(config.model.qwen))
+            details["round_positions"] = config.objective.round_positions
             details["reference"] = config.objective.reference
         return details
 

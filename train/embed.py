@@ -201,7 +201,7 @@ class EmbedGenerationStage(EmbedStage[EmbedGenerationConfig]):
 class EmbedEditingStage(EmbedStage[EmbedEditingConfig]):
     """81 embeddings that the model predicts for the result (teacher-forced) and 324 vision embeddings of the source.
 
-    The published code crops the result's pixels and squashes its embeddings; both are squashed here, as in pretraining.
+    The published code crops the result's pixels and squashes its embeddings, which embed.pixels=crop does too.
     """
 
     num_reference_tokens = NUM_REFERENCE_TOKENS
@@ -230,5 +230,9 @@ class EmbedEditingStage(EmbedStage[EmbedEditingConfig]):
         return {
             "target_embeds": torch.stack([predicted[last] for last in last_of_row]),
             "source_embeds": self.vision([squash(images[-2], side) for images in pictures], NUM_REFERENCE_TOKENS),
-            "latents": self.latents([squash(images[-1], self.config.model.image_size) for images in pictures]),
+            "latents": self.latents([self.square(images[-1]) for images in pictures]),
         }
+
+    def square(self, image: Image.Image) -> Image.Image:
+        """A result as the autoencoder sees it."""
+        return (squash if self.config.embed.pixels == "squash" else cover_crop)(image, self.config.model.image_size)

@@ -37,6 +37,7 @@ RELEASED: dict[str, dict[str, Any]] = {
         "vae": {"channels": [128, 256, 512, 512], "num_res_blocks": 2, "norm_groups": 32, "latent_channels": 16},
         "image_size": 512,
         "embed_dim": 3584,
+        "round_positions": True,  # as the editing decoder was trained
         "sampling": {"num_inference_steps": 50, "cfg_scale": cfg_scale, "embedded_guidance": 3.5},
     }
     for kind, cfg_scale in zip(DECODER_KINDS, (3.0, 1.0), strict=True)

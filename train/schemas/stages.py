@@ -212,6 +212,13 @@ class EmbedConfig:
 
 
 @dataclass
+class EmbedEditing(EmbedConfig):
+    """pixels: how results become square for the autoencoder: squash, as for the embeddings, or crop, as published."""
+
+    pixels: str
+
+
+@dataclass
 class EmbedDataConfig:
     max_pixels: int
     train: PathStr
@@ -257,7 +264,13 @@ class EmbedGenerationConfig(EmbedStageConfig):
 
 @dataclass
 class EmbedEditingConfig(EmbedStageConfig):
+    embed: EmbedEditing
+
     task: ClassVar[str] = "editing"
+
+    def check(self) -> None:
+        super().check()
+        one_of("embed.pixels", self.embed.pixels, "squash", "crop")
 
 
 @dataclass
@@ -287,9 +300,13 @@ class DecoderObjective:
 
 @dataclass
 class EditingObjective(DecoderObjective):
-    """reference: whether the decoder sees the source's 324 tokens, or the target's 81 alone."""
+    """reference: whether the decoder sees the source's 324 tokens, or the target's 81 alone.
+
+    round_positions: hold token positions in the training dtype, as the published code does; false keeps float32.
+    """
 
     reference: bool
+    round_positions: bool
 
 
 @dataclass
