@@ -215,7 +215,7 @@ def embed(tower: VisionTower, processor: Any, pictures: Tensor, grid: int) -> Te
     values = patch_values(pictures, processor.image_processor)
     grid_thw = torch.tensor([[1, grid, grid]]).expand(len(pictures), -1)
     size = grid // MERGE_SIZE
-    return vision_embeds(tower, values, grid_thw.to(pictures.device)).view(len(pictures), size, size, -1)
+    return vision_embeds(tower, values, grid_thw).view(len(pictures), size, size, -1)
 
 
 def patch_values(pictures: Tensor, image_processor: Any) -> Tensor:
