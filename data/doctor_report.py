@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
+from PIL import ImageFile
+
 from data.checks import ERROR, KINDS, Problem
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
@@ -81,7 +83,7 @@ class QuarantineFile:
 
     def __enter__(self) -> "QuarantineFile":
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._aside, "w", encoding="utf-8")
+        self._file = open(self._aside, "w", encoding="utf-8", errors="backslashreplace")
         return self
 
     def add(self, where: str, dataset: Path, row_id: str, errors: Sequence[Problem]) -> None:
@@ -117,6 +119,11 @@ def shares(counts: Counter[str]) -> str:
     )
 
 
+def printable(text: str) -> str:
+    """Halves of surrogate pairs, which broken rows and names in tars may hold, are no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def shortener(report: "Report") -> Callable[[str], str]:
     """A filter that leaves the directories of the datasets out of a sentence; their list says them once."""
     directories = {f"{dataset.path.parent}{os.sep}" for dataset in report.datasets} - {f".{os.sep}"}
@@ -132,14 +139,14 @@ def print_table(report: "Report") -> None:
         print(f"{dataset.path} ({dataset.role}): {counts}{left_out}")
         if dataset.tasks:
             print(f"  {shares(dataset.tasks)}; {shares(dataset.languages)}")
-    print(f"{report.num_distinct:,} distinct pictures; {report.settings}")
+    print(f"{report.num_distinct:,} distinct pictures to train on; {report.settings}")
     if report.rows_with:
         column = max(map(len, report.rows_with))
         print(f"\n{'':7}  {'problem':<{column}}  {'rows':>9}  first")
         for kind in kinds_found(report):
             first = f"{report.examples[kind][0].where}: {report.examples[kind][0].reason}"
             line = f"{report.severity(kind):7}  {kind:<{column}}  {report.rows_with[kind]:>9,}  {short(first)}"
-            print(line if len(line) <= width else f"{line[: width - 1]}…")
+            print(printable(line if len(line) <= width else f"{line[: width - 1]}…"))
         print()
     if report.stopped:
         print(f"stopped at {report.num_quarantined:,} broken rows (--max-errors); the counts are of what was read")
@@ -148,11 +155,14 @@ def print_table(report: "Report") -> None:
 
 
 def thumbnail(source: StoredImage) -> str:
-    """A data URL of a picture, made small; empty where it cannot be opened."""
+    """A data URL of a picture, made small, of a damaged one as far as it goes; empty where nothing can be shown."""
+    strict, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
     try:
         image = open_image(source)
     except UserError:
         return ""
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = strict
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
@@ -185,4 +195,4 @@ def write_page(report: "Report", output: Path) -> None:
         if histogram.counts
     ]
     page = environment.get_template("doctor.html.j2").render(report=report, problems=problems, histograms=histograms)
-    write_text_atomic(output, page)
+    write_text_atomic(output, printable(page))

@@ -4,6 +4,7 @@ The result does not depend on the number of workers. Memory grows by 32 bytes a 
 hold. No torch here.
 """
 
+import json
 import math
 import os
 from collections import Counter
@@ -142,8 +143,9 @@ class DatasetReport:
 
 @dataclass
 class Report:
-    """What the doctor found. rows_with: kind -> number of rows. errors: warnings that are to be errors here.
+    """What the doctor found. rows_with: kind -> number of rows. num_distinct: pictures to train on.
 
+    errors: warnings that are to be errors here.
     stopped: --max-errors was reached.
     """
 
@@ -176,7 +178,9 @@ _datasets: list[Dataset]
 
 def about(record: Record, row: Row | RowError) -> About:
     if isinstance(row, RowError):
-        return About(record.where, str((record.values or {}).get("id", "")), "")
+        values = record.values or {}
+        words = json.dumps(values, ensure_ascii=False, default=lambda value: type(value).__name__) if values else ""
+        return About(record.where, str(values.get("id", "")), words[:EXCERPT])
     return About(record.where, row.id, " / ".join(message["content"] for message in row.messages)[:EXCERPT])
 
 
@@ -264,8 +268,9 @@ class Doctor:
         dataset.good += chunk.num_rows - quarantined - chunk.left_out
 
     def _picture(self, number: int, index: int, picture: int) -> StoredImage | None:
+        """A picture of a row, or its first for a problem of the row as a whole."""
         row = _datasets[number].load(index)[1]
-        return row.images[picture] if isinstance(row, Row) and picture >= 0 else None
+        return row.images[max(picture, 0)] if isinstance(row, Row) and row.images else None
 
     def _where(self, place: np.uint64) -> str:
         number, index = divmod(int(place), 1 << INDEX_BITS)
@@ -306,7 +311,7 @@ class Doctor:
 
     def close(self, stopped: bool) -> Report:
         self.report.stopped = stopped
-        self.report.num_distinct = sum(len(places) for places in self._contents.values())
+        self.report.num_distinct = len(self._contents["train"])
         return self.report
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 import data.examine
 from data.checks import KINDS, RowChecker
 from data.doctor import main
-from data.doctor_report import QuarantineFile
+from data.doctor_report import write_page
 from data.examine import Report, examine, open_datasets
 from data.places import FirstPlaces
 from nexus_gen.specs.errors import UserError
@@ -112,18 +112,28 @@ def test_rows(row: dict[str, Any], kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
 def test_every_kind_of_broken_row_is_named_and_counted(broken: Broken, tmp_path: Path) -> None:
     path = broken.write(tmp_path)
-    with QuarantineFile(tmp_path / "quarantine.jsonl") as quarantine:
-        report = check(path, quarantine=quarantine)
-        quarantine.keep()
+    report = check(path)
+    write_page(report, tmp_path / "page.html")
+    quarantine = tmp_path / "quarantine.jsonl"
+    assert main(["check", str(path), "--quarantine", str(quarantine), "--num-workers", "1"]) == 2
     (dataset,) = report.datasets
     assert (dataset.rows, dataset.good, dataset.quarantined) == (broken.num_rows, broken.num_rows - 1, 1)
-    (line,) = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    (line,) = [json.loads(line) for line in quarantine.read_text().splitlines()]
     assert line["where"] == f"{path}{broken.where}"
     assert line["file"] == str(path)
     # A link to nothing is a picture that is not there, to somebody who asks before opening it.
     assert line["kind"] == ("missing_picture" if broken.name == "a link to nothing" else broken.kind)
     assert broken.reason in line["reason"] or broken.found_by == "sizing"
     assert {kind for kind in report.rows_with if report.severity(kind) == "error"} == {line["kind"]} <= KINDS.keys()
+
+
+def test_text_that_is_no_unicode_reaches_every_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, ask("a.png"), '{"id": "\\ud83d", "mesages\\ud83d": []}', ask("a.png", "\ud83d"))
+    page, quarantine = tmp_path / "page.html", tmp_path / "quarantine.jsonl"
+    assert main(["check", str(path), "--report", str(page), "--quarantine", str(quarantine)]) == 2
+    assert "\\ud83d" in capsys.readouterr().out
+    assert "\\ud83d" in page.read_text(encoding="utf-8")
+    assert len(quarantine.read_text(encoding="utf-8").splitlines()) == 2
 
 
 def test_duplicates_and_leaks_name_the_other_place(tmp_path: Path) -> None:
