@@ -21,12 +21,10 @@ from nexus_gen.autoregressive import (
     NexusGenForConditionalGeneration,
     index_within_runs,
     predicts,
-    prefill_indices,
-    replace_rows,
 )
 from nexus_gen.compat import ensure_torchvision
 from nexus_gen.packed_vision import PackedVisionTower
-from nexus_gen.specs.geometry import MERGE_SIZE, TARGET_GRIDS
+from nexus_gen.specs.geometry import TARGET_GRIDS
 from nexus_gen.vision_tower import VisionTower, vision_embeds
 
 ensure_torchvision()
@@ -180,64 +178,53 @@ def compiled_decoder_layer() -> DecoderLayer:
     return torch.compile(decoder_layer, dynamic=True)
 
 
-@torch.inference_mode()
-def teacher_forced_embeddings(
+@torch.no_grad()
+def teacher_forced_embeddings(model: NexusGenForConditionalGeneration, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """The embeddings that the model predicts for every target image of a batch, in order, (81, D) each.
+
+    batch: what `forward` takes, labels included.
+    """
+    return [predicted for predicted, _ in teacher_forced_pairs(model, batch)]
+
+
+@torch.no_grad()
+def teacher_forced_pairs(
     model: NexusGenForConditionalGeneration,
     batch: Mapping[str, Tensor],
     tower: PackedVisionTower | None = None,
     layer: DecoderLayer = decoder_layer,
-) -> list[Tensor]:
-    """The embeddings that the model predicts for every target image of a batch, in order, (81, D) each.
+) -> list[tuple[Tensor, Tensor]]:
+    """As `teacher_forced_embeddings`, each with the vision tower's embeddings of the same image: what is predicted.
 
-    batch: what `forward` takes, labels included, on any device (best on the CPU); rows padded on either side.
-    Only what these embeddings depend on is computed: neither logits nor the vision embeddings of target images, and
-    rows are moved to the left, so that attention is causal without a mask. tower: the model's own, packed.
-    layer: runs one decoder layer; `compiled_decoder_layer()` where compiling pays.
+    batch: tensors on any device, best on the CPU; rows padded on either side. They are moved to the left, so that
+    attention is causal without a mask, and nothing is computed that these embeddings do not depend on, as logits.
+    tower: the model's own, packed. layer: runs one decoder layer; `compiled_decoder_layer()` where compiling pays.
     Raises ValueError when image tokens and pictures disagree in number.
     """
-    image_token = model.config.image_token_id
-    input_ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
-    present = batch.get("attention_mask", torch.ones_like(input_ids)).cpu()
-    to_left = present.argsort(dim=1, descending=True, stable=True)
-    input_ids, labels, present = (tensor.gather(1, to_left) for tensor in (input_ids, labels, present))
-    target_mask = labels == image_token
-    context_mask = (input_ids == image_token) & ~target_mask
-
-    grid_thw = batch["image_grid_thw"].cpu()
-    position_ids = model.rope_position_ids(input_ids, present, grid_thw).to(model.device)
-    target_mask, context_mask = target_mask.to(model.device), context_mask.to(model.device)
-    inputs_embeds = model.get_input_embeddings()(input_ids.to(model.device))
-    is_context = ~_is_target_image(input_ids == image_token, labels == image_token, grid_thw)
-    if bool(is_context.any()):
-        of_context = is_context.repeat_interleave(grid_thw.prod(1)).to(batch["pixel_values"].device)
-        vision_ND = vision_embeddings(
-            model if tower is None else tower, batch["pixel_values"][of_context], grid_thw[is_context]
-        )
-        inputs_embeds = replace_rows(inputs_embeds, context_mask, vision_ND)
-    hidden_BSD = replace_rows(inputs_embeds, target_mask, model.image_prefill_embeds(prefill_indices(target_mask)))
-
     language_model = model.model.language_model
     if language_model.config._attn_implementation == "eager":  # the only one that is not causal by itself
         raise ValueError("teacher forcing without a mask needs attention that is causal by itself: use sdpa")
+    input_ids, labels, grid_thw = (batch[name].cpu() for name in ("input_ids", "labels", "image_grid_thw"))
+    present = batch.get("attention_mask", torch.ones_like(input_ids)).cpu()
+    to_left = present.argsort(dim=1, descending=True, stable=True)
+    input_ids, labels, present = (tensor.gather(1, to_left) for tensor in (input_ids, labels, present))
+    position_ids = model.rope_position_ids(input_ids, present, grid_thw).to(model.device)
+    vision_ND = vision_embeddings(model if tower is None else tower, batch["pixel_values"], grid_thw)
+    spliced = model.splice(input_ids.to(model.device), labels.to(model.device), vision_ND)
+
+    hidden_BSD = spliced.inputs_embeds
     rotary = language_model.rotary_emb(hidden_BSD, position_ids)
     for module in language_model.layers:
         hidden_BSD = layer(module, hidden_BSD, rotary)
-    predicted_ND = model.vision_head(language_model.norm(hidden_BSD[predicts(target_mask)]))
-    starts = (index_within_runs(target_mask) == 0).nonzero().flatten().tolist()
-    return [predicted_ND[start:end] for start, end in zip(starts, [*starts[1:], len(predicted_ND)], strict=True)]
+    predicted_ND = model.vision_head(language_model.norm(hidden_BSD[predicts(spliced.target_mask)]))
+    starts = (index_within_runs(labels == model.config.image_token_id) == 0).nonzero().flatten().tolist()
+    ends = [*starts[1:], len(predicted_ND)]
+    return [
+        (predicted_ND[start:end], spliced.target_embeds[start:end]) for start, end in zip(starts, ends, strict=True)
+    ]
 
 
-def _is_target_image(image_mask: Tensor, target_mask: Tensor, grid_thw: Tensor) -> Tensor:
-    """Of each image of a batch in row order, whether its first token is a label, (images,)."""
-    tokens = grid_thw.prod(1) // MERGE_SIZE**2
-    if int(tokens.sum()) != int(image_mask.sum()):
-        raise ValueError(
-            f"{int(image_mask.sum())} image tokens in the sequences but {int(tokens.sum())} image embeddings"
-        )
-    return target_mask[image_mask][tokens.cumsum(0) - tokens]
-
-
-@torch.inference_mode()
+@torch.no_grad()
 def vision_embeddings(
     model: NexusGenForConditionalGeneration | VisionTower | PackedVisionTower,
     pixel_values: Tensor,

@@ -86,20 +86,6 @@ def index_within_runs(mask_BS: Tensor) -> Tensor:
     return (position_S - start_BS)[mask_BS]
 
 
-def prefill_indices(target_mask_BS: Tensor) -> Tensor:
-    """Which prefill embedding stands at each True position, (N,).
-
-    Raises ValueError when a target image has more tokens than there are prefill embeddings.
-    """
-    index_N = index_within_runs(target_mask_BS)
-    if index_N.numel() and int(index_N.max()) >= NUM_TARGET_TOKENS:
-        raise ValueError(
-            f"a target image has {int(index_N.max()) + 1} tokens, more than the {NUM_TARGET_TOKENS} "
-            "prefill embeddings; resize it to 18 x 18 patches"
-        )
-    return index_N
-
-
 def replace_rows(embeds_BSD: Tensor, mask_BS: Tensor, rows_ND: Tensor) -> Tensor:
     """A copy of `embeds_BSD` with `rows_ND` at the True positions, in row-major order.
 
@@ -230,18 +216,26 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         vision tower comes from context images alone.
         Raises ValueError when a target image has more tokens than there are prefill embeddings.
         """
+        if pixel_values is None:
+            nothing_1D = self._vision_embeds_of_nothing()
+            spliced = self.splice(input_ids, labels, nothing_1D[:0])
+            spliced.inputs_embeds = spliced.inputs_embeds + 0 * nothing_1D.sum().to(spliced.inputs_embeds.dtype)
+            return spliced
+        return self.splice(input_ids, labels, self.vision_embeds(pixel_values, image_grid_thw))
+
+    def splice(self, input_ids: Tensor, labels: Tensor | None, vision_ND: Tensor) -> SplicedInputs:
+        """`splice_inputs` of vision embeddings that are there already, of all images in row order."""
         inputs_embeds = self.get_input_embeddings()(input_ids)
         image_mask = input_ids == self.config.image_token_id
         target_mask = torch.zeros_like(image_mask) if labels is None else labels == self.config.image_token_id
-        if pixel_values is None:
-            vision_ND = self._vision_embeds_of_nothing()
-            inputs_embeds = inputs_embeds + 0 * vision_ND.sum().to(inputs_embeds.dtype)
-            vision_ND = vision_ND[:0]
-        else:
-            vision_ND = self.vision_embeds(pixel_values, image_grid_thw)
         inputs_embeds = replace_rows(inputs_embeds, image_mask, vision_ND)
 
-        prefill_index_N = prefill_indices(target_mask)
+        prefill_index_N = index_within_runs(target_mask)
+        if prefill_index_N.numel() and int(prefill_index_N.max()) >= NUM_TARGET_TOKENS:
+            raise ValueError(
+                f"a target image has {int(prefill_index_N.max()) + 1} tokens, more than the {NUM_TARGET_TOKENS} "
+                "prefill embeddings; resize it to 18 x 18 patches"
+            )
         # The module, not its weight: under ZeRO-3 the weight exists only inside the module's own forward.
         prefill_ND = self.image_prefill_embeds(prefill_index_N)
         if self.target_inputs == "prefill":

@@ -43,7 +43,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionA
 from data.shards import write_shard  # noqa: E402
 from nexus_gen import packed_vision, vision_tower  # noqa: E402
 from nexus_gen.ar_checkpoint import SpecialTokenIds, build_autoregressive  # noqa: E402
-from nexus_gen.ar_generation import compiled_decoder_layer, decoder_layer, teacher_forced_embeddings  # noqa: E402
+from nexus_gen.ar_generation import compiled_decoder_layer, decoder_layer, teacher_forced_pairs  # noqa: E402
 from nexus_gen.packed_vision import PackedVisionTower  # noqa: E402
 from nexus_gen.specs.geometry import LanguageGeometry, VisionGeometry  # noqa: E402
 from nexus_gen.specs.images import context_size, cover_crop, open_image  # noqa: E402
@@ -442,18 +442,18 @@ def editing(report: Report, peak: float) -> None:
         for seed in range(3):
             batch, lengths, grids = editing_batch(rows, seed)
             language = sum(language_flops(LANGUAGE, length, 81) for length in lengths)
-            context = sum(tower_flops(TOWER, width, grid) for grid in grids[::2])
-            batches.append((batch, sum(lengths), language + context, batch["input_ids"].numel()))
+            vision = sum(tower_flops(TOWER, width, grid) for grid in grids)
+            batches.append((batch, sum(lengths), language + vision, batch["input_ids"].numel()))
         sources = random_pictures(rows, REFERENCE_PX)
         reference_flops = rows * tower_flops(TOWER, width, (1, 36, 36))
 
         def predicted(batches: Any = batches, layer: Any = layer) -> None:
             for batch, *_ in batches:
-                teacher_forced_embeddings(model, batch, packed, layer)
+                teacher_forced_pairs(model, batch, packed, layer)
 
         def whole(batches: Any = batches, layer: Any = layer, sources: Any = sources) -> None:
             for batch, *_ in batches:
-                teacher_forced_embeddings(model, batch, packed, layer)
+                teacher_forced_pairs(model, batch, packed, layer)
                 packed.embed_pictures(sources)
 
         tokens, flops = sum(part[1] for part in batches), sum(part[2] for part in batches)
@@ -476,7 +476,8 @@ def editing(report: Report, peak: float) -> None:
         )
         report.numbers[f"editing, {kind}, B {rows}, fraction"] = fraction
     first = batches[0][0]
-    ours = torch.cat(teacher_forced_embeddings(model, first, packed, compiled_decoder_layer()))
+    pairs = teacher_forced_pairs(model, first, packed, compiled_decoder_layer())
+    ours = torch.cat([predicted for predicted, _ in pairs])
     theirs = model(**{name: tensor.to(DEVICE) for name, tensor in first.items()}).predicted_embeds
     report.add(
         "editing, deviation from the model's own forward (bf16)",
