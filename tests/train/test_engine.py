@@ -94,7 +94,7 @@ def config(inputs: Path, runs_dir: Path, stage: str = "generation_decoder", deco
     own: dict[str, dict[str, Any]] = {"init": {}, "objective": {}}
     if stage == "editing_decoder":
         model["qwen"] = str(inputs / "qwen")
-        own = {"init": {"projector": "qwen"}, "objective": {"reference": True}}
+        own = {"init": {"projector": "qwen"}, "objective": {"reference": True, "round_positions": False}}
     values = {
         "stage": stage,
         "name": "test",
