@@ -44,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"stages: {stages}\npipelines: {pipelines}\n\n"
         "Overrides are key=value (trainer.max_steps=100) or group=file (launch=slurm). In a pipeline a key goes to\n"
-        "every stage that reads it; STAGE.key=value goes to one.\n\n"
+        "every stage that reads it; STAGE.key=value goes to one. Results are in runs_dir/name/STAGE, by default\n"
+        "runs/tiny/STAGE: a log, checkpoints and, once it is whole, an artifact.\n\n"
         "A stage whose config and inputs are those of its artifact is skipped. from=STAGE makes that stage's artifact\n"
         "again and goes on with the stages behind it. After an interruption the same command goes on where it was,\n"
         "with from=... and without it; resume=false starts over.\n\n"

@@ -9,6 +9,9 @@ import dataclasses
 import io
 import json
 import logging
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +154,10 @@ def main(argv: list[str]) -> int:
     render(run, draw_samples(run, heldout, arguments.num_samples, arguments.device), output)
     print(f"report: {output.absolute()}")
     print("try next:")
+    # As it can be typed here: `make demo` runs it from a virtual environment that is not activated.
+    command = "nexus-gen" if shutil.which("nexus-gen") else os.path.relpath(Path(sys.executable).parent / "nexus-gen")
     flag = "" if run == Path("runs/tiny") else f" --run {run}"
-    print(f'  nexus-gen generate --prompt "a red circle on a white background"{flag}')
-    print(f'  nexus-gen edit --input-image generation.png --instruction "make the circle blue"{flag}')
-    print(f'  nexus-gen understand --input-image generation.png --prompt "What colour is the circle?"{flag}')
+    print(f'  {command} generate --prompt "a red circle on a white background"{flag}')
+    print(f'  {command} edit --input-image generation.png --instruction "make the circle blue"{flag}')
+    print(f'  {command} understand --input-image generation.png --prompt "What colour is the circle?"{flag}')
     return 0
