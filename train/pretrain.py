@@ -28,7 +28,6 @@ from data.mixture import Mixture
 from nexus_gen.ar_checkpoint import save_autoregressive
 from nexus_gen.autoregressive import TARGET_INPUTS, LossWeights
 from nexus_gen.specs.artifact import write_text_atomic
-from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import TARGET_GRID
 from train.message_stream import MessageStream, Quarantine
 from train.metrics import MetricsLogger, latest
@@ -209,9 +208,6 @@ class PretrainPipeline(SwiftSft):
         guard.listen()
         try:
             trainer.train(str(checkpoints[-1]) if checkpoints else None)
-        except UserError as error:
-            # What a loader process raises arrives as the text of its traceback.
-            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from error
         finally:
             metrics.close()
         self.finished = trainer.state.global_step >= config.trainer.max_steps
