@@ -10,7 +10,6 @@ from data.shapes import draw_rows
 from nexus_gen.specs.images import cover_crop, open_image
 from train.schemas.stages import ShapesStageConfig, StandinsStageConfig
 from train.stage import Stage
-from train.standins import build_standins
 
 
 class ShapesStage(Stage[ShapesStageConfig]):
@@ -27,6 +26,8 @@ class StandinsStage(Stage[StandinsStageConfig]):
         return True
 
     def fill(self, directory: Path) -> dict[str, Any]:
+        from train.standins import build_standins  # transformers and diffsynth: five seconds that shapes can do without
+
         rows = list(read_dataset(Path(self.config.data.train)))
         words = [text for row in rows for choice in row.choices for texts in choice.values() for text in texts]
         scenes = {
