@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= tiny
+# Test processes; each of them starts trainings of one or two processes.
+JOBS ?= 2
 
 .PHONY: help setup demo test check format bench clean
 
@@ -21,7 +23,7 @@ demo: $(VENV)/.ready ## the whole pipeline on tiny models: data, four trainings,
 	$(BIN)/nexus-gen report runs/$(RUN)
 
 test: $(VENV)/.ready ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 check: $(VENV)/.ready ## lint, format and types
 	$(BIN)/ruff check .

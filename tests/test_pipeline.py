@@ -69,6 +69,7 @@ def test_the_same_command_skips_every_stage(tiny_run: Path) -> None:
     assert run_again(tiny_run) == ([], list(STAGES))
 
 
+@pytest.mark.xdist_group("changed_run")
 def test_a_changed_value_runs_its_stage_and_what_reads_from_it(changed_run: Path) -> None:
     # The editing decoder starts from the generation decoder's transformer.
     ran, skipped = run_again(changed_run, "generation_decoder.optim.learning_rate=0.01")
@@ -76,6 +77,7 @@ def test_a_changed_value_runs_its_stage_and_what_reads_from_it(changed_run: Path
     assert skipped == ["shapes", "standins", "pretrain", "embed_generation", "embed_editing"]
 
 
+@pytest.mark.xdist_group("changed_run")
 def test_from_makes_an_artifact_again_also_after_an_interruption(changed_run: Path, tmp_path: Path) -> None:
     stage = changed_run / "editing_decoder"
     before = Manifest.load(stage / "artifact")
