@@ -179,12 +179,17 @@ def compiled_decoder_layer() -> DecoderLayer:
 
 
 @torch.no_grad()
-def teacher_forced_embeddings(model: NexusGenForConditionalGeneration, batch: Mapping[str, Tensor]) -> list[Tensor]:
+def teacher_forced_embeddings(
+    model: NexusGenForConditionalGeneration,
+    batch: Mapping[str, Tensor],
+    tower: PackedVisionTower | None = None,
+    layer: DecoderLayer = decoder_layer,
+) -> list[Tensor]:
     """The embeddings that the model predicts for every target image of a batch, in order, (81, D) each.
 
-    batch: what `forward` takes, labels included.
+    batch: what `forward` takes, labels included; the rest as in `teacher_forced_pairs`.
     """
-    return [predicted for predicted, _ in teacher_forced_pairs(model, batch)]
+    return [predicted for predicted, _ in teacher_forced_pairs(model, batch, tower, layer)]
 
 
 @torch.no_grad()
