@@ -1,6 +1,6 @@
 """What can be wrong with a row or a picture, how bad that is, and the checks that find it.
 
-Each check looks at one row; what only the whole dataset shows (duplicates, leaks) is in data/doctor.py.
+Each check looks at one row; what only the whole dataset shows (duplicates, leaks) is in data/examine.py.
 """
 
 import hashlib
@@ -74,10 +74,6 @@ class Picture(NamedTuple):
     name_hash: int
     size: Size | None
     problems: tuple[tuple[str, str], ...]
-
-
-def severity(kind: str) -> str:
-    return KINDS[kind][0] if kind in KINDS else ERROR
 
 
 def hash64(data: bytes) -> int:

@@ -145,8 +145,7 @@ class DatasetReport:
 class Report:
     """What the doctor found. rows_with: kind -> number of rows. num_distinct: pictures to train on.
 
-    errors: warnings that are to be errors here.
-    stopped: --max-errors was reached.
+    errors: warnings that are to be errors here. stopped: before the end, at as many broken rows as were allowed.
     """
 
     datasets: list[DatasetReport] = field(default_factory=list)
