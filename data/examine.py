@@ -327,7 +327,7 @@ def examine(
     """Check what `open_datasets` opened.
 
     errors: kinds of warnings that are to be errors. max_errors: stop when so many rows are broken. num_workers:
-    processes, one for each core unless given.
+    processes, one for each core unless given. Raises UserError when one of them is ended from outside.
     """
     global _checker, _datasets
     _checker, _datasets = checker, datasets
@@ -337,10 +337,11 @@ def examine(
     num_rows = sum(len(dataset.records) for dataset in datasets)
     with ExitStack() as stack:
         map_chunks = stack.enter_context(mapping(num_workers or len(os.sched_getaffinity(0))))
+        reports = map_chunks(check_chunk, chunks)  # workers start here, before the bar's thread does
         bar = stack.enter_context(
             tqdm(total=num_rows, unit=" rows", unit_scale=True, disable=None if progress else True)
         )
-        for chunk, found in zip(chunks, map_chunks(check_chunk, chunks), strict=True):
+        for chunk, found in zip(chunks, reports, strict=True):
             doctor.fold(chunk.number, found)
             bar.update(found.num_rows)
             stopped = max_errors is not None and report.num_quarantined >= max_errors

@@ -16,6 +16,8 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -126,10 +128,17 @@ def mapping(num_workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
     if num_workers == 1:
         yield map
         return
-    # Forked: a fresh interpreter would import for longer than a chunk takes, and workers use no torch.
-    # An interrupt of the terminal reaches them too; this process alone answers it.
-    with get_context("fork").Pool(num_workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield pool.imap
+    # Forked: a fresh interpreter would import for longer than a chunk takes, and workers use no torch. An interrupt of
+    # the terminal reaches them too; this process alone answers it.
+    pool = ProcessPoolExecutor(num_workers, get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        yield pool.map
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was ended from outside, as happens when memory runs out; free some or use fewer workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def draw_rows(directory: Path, config: ShapesConfig, seed: int, num_workers: int | None = None) -> dict[str, Any]:

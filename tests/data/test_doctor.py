@@ -1,21 +1,26 @@
 """The doctor: what it finds in rows, in pictures and between datasets, and what it writes."""
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import yaml
 from broken import BROKEN, Broken
 from PIL import Image
+from pyarrow import parquet
 
 import data.examine
-from data.checks import KINDS, RowChecker
+from data.checks import KINDS, Picture, RowChecker
 from data.doctor import main
-from data.doctor_report import write_page
+from data.doctor_report import QuarantineFile, write_page
 from data.examine import Report, examine, open_datasets
+from data.messages import Row
 from data.places import FirstPlaces
 from nexus_gen.specs.errors import UserError
 
@@ -198,6 +203,36 @@ def test_nothing_depends_on_the_number_of_workers(tmp_path: Path, monkeypatch: p
         "reason": f"picture {tmp_path / 'gone.png'} does not exist",
     }
     assert not list(tmp_path.glob(".*"))
+
+
+class Killed(RowChecker):
+    """Ends its worker as a machine without memory does."""
+
+    def pictures(self, row: Row) -> list[Picture]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+
+def test_a_worker_that_is_killed_ends_the_command_and_leaves_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path, ask("a.png"))
+    with (
+        pytest.raises(UserError, match="a worker process was ended from outside"),
+        QuarantineFile(tmp_path / "quarantine.jsonl") as quarantine,
+    ):
+        examine(open_datasets([("train", path)]), Killed("exists"), quarantine=quarantine, num_workers=2)
+    assert not list(tmp_path.glob("*quarantine*"))
+
+
+def test_rows_that_are_read_in_pieces_go_to_workers_in_those_pieces(tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / "rows.parquet"
+    rows = [ask("gone.png" if number % 5 == 4 else "a.png", f"question {number}") for number in range(20)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=6)
+    datasets = open_datasets([("train", path)])
+    assert [(chunk.first, chunk.last) for chunk in datasets[0].chunks(0)] == [(0, 6), (6, 12), (12, 18), (18, 20)]
+    report = examine(datasets, RowChecker("exists"), num_workers=2)
+    assert (report.datasets[0].rows, report.datasets[0].quarantined) == (20, 4)
+    assert [example.where for example in report.examples["missing_picture"]] == [f"{path}:{n}" for n in (5, 10, 15, 20)]
 
 
 def test_the_page_is_whole_and_safe(tmp_path: Path) -> None:
