@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -109,6 +110,7 @@ class Averaging(TrainerCallback):
 class HeldoutLoss(TrainerCallback):
     """Losses on held-out rows every few steps and after the last: `heldout/text_loss`, `heldout/image_loss/editing`.
 
+    `heldout/image_mse` and `heldout/image_cosine_distance` are what the image loss mixes, whatever the mixture.
     `heldout/accuracy/understanding` is the share of replies whose every token is the likeliest: those that greedy
     decoding gives. batches: all of them, the same on every rank; ranks share them, and make equally many passes.
     average: the weights to look at, where they are not the trained ones.
@@ -140,6 +142,7 @@ class HeldoutLoss(TrainerCallback):
         image_token_id = model.config.image_token_id
         losses = torch.zeros(len(TASKS), 4, dtype=torch.float64, device=model.device)
         rows = torch.zeros(2, len(TASKS), dtype=torch.float64, device=model.device)  # right, all
+        parts = torch.zeros(2, dtype=torch.float64, device=model.device)  # sums of squared error and cosine distance
         model.eval()
         with self._average.applied() if self._average is not None else nullcontext():
             for first in range(0, len(self._batches), world_size):
@@ -149,6 +152,9 @@ class HeldoutLoss(TrainerCallback):
                 outputs = model(**batch)
                 if number >= len(self._batches):
                     continue
+                predicted, target = outputs.predicted_embeds.float(), outputs.target_embeds.float()
+                parts[0] += (predicted - target).square().mean(dim=-1).sum()
+                parts[1] += (1 - F.cosine_similarity(predicted, target, dim=-1)).sum()
                 labels = batch["labels"]
                 losses += TaskSums.of(outputs, batch["input_ids"], labels, image_token_id)
                 scored = text_positions(labels, labels == image_token_id)
@@ -157,14 +163,18 @@ class HeldoutLoss(TrainerCallback):
                 rows[0].index_add_(0, task_B, (~wrong).double())
                 rows[1].index_add_(0, task_B, torch.ones_like(task_B, dtype=torch.float64))
         model.train()
-        facts = torch.cat([losses.flatten(), rows.flatten()])
+        facts = torch.cat([losses.flatten(), rows.flatten(), parts])
         torch.distributed.all_reduce(facts)
-        losses, rows = facts[: losses.numel()].view(-1, 4), facts[losses.numel() :].view(2, -1)
+        of_losses, of_rows, of_parts = facts.split([losses.numel(), rows.numel(), len(parts)])
+        losses, rows = of_losses.view(-1, 4), of_rows.view(2, -1)
+        mse, cosine_distance = (of_parts / losses[:, 3].sum().clamp(min=1)).tolist()
         text, text_tokens, image, image_tokens = losses.sum(0).tolist()
         right, total = rows[:, 0].tolist()
         return {
             "heldout/text_loss": text / max(1.0, text_tokens),
             "heldout/image_loss": image / max(1.0, image_tokens),
+            "heldout/image_mse": mse,
+            "heldout/image_cosine_distance": cosine_distance,
             **TaskSums.means(losses.flatten().tolist(), "heldout"),
             **({"heldout/accuracy/understanding": right / total} if total else {}),
         }
