@@ -143,10 +143,12 @@ def describe(config: StageConfig) -> str:
     trainer = getattr(config, "trainer", None)
     if trainer is not None:
         accumulation = trainer.accumulation(launch.world_size)
+        data: Any = getattr(config, "data", None)
+        length = f"{trainer.max_steps} steps" if trainer.max_steps else f"{data.num_epochs:g} epochs"
         lines += [
             f"  batch: {trainer.global_batch_size} = {trainer.micro_batch_size} per process"
             f" x {launch.world_size} processes x {accumulation} accumulated",
-            f"  training: {trainer.max_steps} steps, ZeRO-{trainer.zero_stage}, {trainer.precision}",
+            f"  training: {length}, ZeRO-{trainer.zero_stage}, {trainer.precision}",
         ]
     lines += [f"  reads {role}: {where}" for role, where in config.inputs().items()]
     config_path = config.run_dir / "config.yaml"

@@ -71,7 +71,9 @@ class PretrainStage(Stage[PretrainConfig]):
         if self.rank == 0:
             remove_incomplete_checkpoints(checkpoints)
         self.barrier()
-        pipeline = PretrainPipeline(config, self.rank, self.world_size, self.device_type)
+        mixture = Mixture(config.data.train, config.seed)
+        config = config.with_steps(mixture.epoch_rows)
+        pipeline = PretrainPipeline(config, mixture, self.rank, self.world_size, self.device_type)
         pipeline.main()
         if not pipeline.finished:
             return False
@@ -102,8 +104,9 @@ class PretrainPipeline(SwiftSft):
     finished: after `main()`, whether all steps are done; a SIGTERM ends training before.
     """
 
-    def __init__(self, config: PretrainConfig, rank: int, world_size: int, device_type: str) -> None:
+    def __init__(self, config: PretrainConfig, mixture: Mixture, rank: int, world_size: int, device_type: str) -> None:
         self.config = config
+        self.mixture = mixture
         self.rank = rank
         self.world_size = world_size
         self.accumulation = config.trainer.accumulation(world_size)
@@ -133,7 +136,7 @@ class PretrainPipeline(SwiftSft):
         data, trainer = self.config.data, self.config.trainer
         self.template.dynamic_targets = data.dynamic_targets
         self.template.consistent_edit_scale = data.consistent_edit_scale
-        mixture = Mixture(data.train, self.config.seed)
+        mixture = self.mixture
         num_samples = trainer.max_steps * trainer.global_batch_size
         for source, count in zip(mixture.spec.sources, mixture.counts, strict=True):
             log.info("%d rows of an epoch from %s", count, source.path)

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from launch.compose import CONFIGS, Override, compose_stage
 from launch.run import compose_pipeline
-from train.schemas.stages import SCHEMAS
+from train.schemas.stages import SCHEMAS, PretrainConfig
 
 # what a user gives because nobody else can know it
 REQUIRED = {"data": ["data.train=t.jsonl", "data.heldout=h.jsonl"]}
@@ -70,3 +70,18 @@ def test_a_section_named_like_its_stage_is_a_section() -> None:
     assert configs["standins"].standins.vae_steps == 3
     assert configs["shapes"].shapes.num_train == 5
     assert (configs["standins"].seed, configs["shapes"].seed) == (9, 42)
+
+
+def test_epochs_become_steps_of_whole_batches() -> None:
+    given = [
+        "data=messages",
+        *REQUIRED["data"],
+        "data.num_epochs=2",
+        "trainer.max_steps=0",
+        "trainer.micro_batch_size=1",
+    ]
+    texts = ["stage=pretrain", *given, "trainer.global_batch_size=4"]
+    config = compose_stage([Override.parse(text) for text in texts])
+    assert isinstance(config, PretrainConfig)
+    assert config.with_steps(epoch_rows=17).trainer.max_steps == 9  # 34 rows in batches of 4
+    assert config.trainer.max_steps == 0

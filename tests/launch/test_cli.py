@@ -69,6 +69,10 @@ def test_help_and_config_errors_import_no_torch(arguments: list[str]) -> None:
         (["run", "stage=pretrain", "optim=adamm"], "there is no optim=adamm; did you mean 'adamw'?"),
         (["run", "stage=pretrain", "trainer.global_batch_size=7"], "global_batch_size 7 is not a multiple"),
         (["run", "stage=pretrain", "trainer.max_steps"], "'trainer.max_steps' is not key=value"),
+        (
+            ["run", "stage=pretrain", "data.num_epochs=2"],
+            "data.num_epochs is 2 and trainer.max_steps 800",
+        ),
         (["run", "stage=pretrain", "data=messages"], "needs data.train=..."),
         (["run", "stage=pretrain", "from=embed_generation"], "from=... goes with pipeline=..."),
         (["run", "pipeline=tiny", "from=embed"], "from=embed is not a stage of pipeline=tiny"),

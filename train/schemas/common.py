@@ -123,12 +123,12 @@ class TrainerConfig:
             )
         return self.global_batch_size // per_pass
 
-    def check(self, world_size: int) -> None:
+    def check(self, world_size: int, by_epochs: bool = False) -> None:
         one_of("trainer.precision", self.precision, "float32", "tf32", "bfloat16")
         one_of("trainer.zero_stage", self.zero_stage, 0, 1, 2, 3)
-        positive(
-            "trainer", self, "micro_batch_size", "global_batch_size", "max_steps", "log_every_steps", "keep_checkpoints"
-        )
+        positive("trainer", self, "micro_batch_size", "global_batch_size", "log_every_steps", "keep_checkpoints")
+        if not by_epochs:
+            positive("trainer", self, "max_steps")
         self.accumulation(world_size)
 
 
@@ -212,8 +212,9 @@ class MessagesConfig:
 
     max_length: tokens of a row after image resizing; a longer row is bad, never cut. max_bad_fraction: of the rows read
     so far (a thousand at least); bad rows are quarantined and replaced, and past this rate the run stops.
-    dynamic_targets: target images keep their aspect about, in grids of at most 81 tokens. consistent_edit_scale:
-    pictures of user turns are seen in the size of the target image that follows.
+    num_epochs: passes over the dataset, or epochs of the mixture, in place of trainer.max_steps (one of
+    the two is 0). dynamic_targets: target images keep their aspect about, in grids of at most 81 tokens.
+    consistent_edit_scale: pictures of user turns are seen in the size of the target image that follows.
     """
 
     max_length: int
@@ -221,5 +222,6 @@ class MessagesConfig:
     dynamic_targets: bool
     consistent_edit_scale: bool
     max_bad_fraction: Annotated[float, RUNTIME]
+    num_epochs: float
     train: PathStr
     heldout: PathStr

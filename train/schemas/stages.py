@@ -1,8 +1,9 @@
 """The whole resolved config of each stage, and the checks that need no model: run before any process starts."""
 
 import json
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -179,13 +180,25 @@ class PretrainConfig(StageConfig):
     def check(self) -> None:
         super().check()
         self.optim.check()
-        self.trainer.check(self.launch.world_size)
+        self.trainer.check(self.launch.world_size, by_epochs=self.data.num_epochs > 0)
+        if self.data.num_epochs and (self.data.num_epochs < 0 or self.trainer.max_steps):
+            raise UserError(
+                f"data.num_epochs is {self.data.num_epochs:g} and trainer.max_steps {self.trainer.max_steps}; one says "
+                "how long to train: give trainer.max_steps=0 with epochs, data.num_epochs=0 with steps"
+            )
         self.logger.check()
         self.average.check()
         one_of("objective.target_inputs", self.objective.target_inputs, "prefill", "embeddings")
         positive("data", self.data, "max_length", "max_pixels")
         if not 0 <= self.data.max_bad_fraction < 1:
             raise UserError(f"data.max_bad_fraction is {self.data.max_bad_fraction}; it must be in [0, 1)")
+
+    def with_steps(self, epoch_rows: int) -> "PretrainConfig":
+        """This config with trainer.max_steps said by data.num_epochs where that is in force; the last step is whole."""
+        if not self.data.num_epochs:
+            return self
+        steps = math.ceil(self.data.num_epochs * epoch_rows / self.trainer.global_batch_size)
+        return replace(self, trainer=replace(self.trainer, max_steps=steps))
 
     def inputs(self) -> dict[str, Path]:
         return {
