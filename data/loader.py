@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.shards import index_shard, read_sample, require_global_batch
+from data.shards import index_shard, read_sample, repair_hint, require_global_batch
 from nexus_gen.specs.artifact import Manifest
 from nexus_gen.specs.errors import UserError
 
@@ -25,9 +25,14 @@ _index_shard = lru_cache(maxsize=64)(index_shard)
 
 
 class ShardDataset(Dataset[dict[str, Tensor]]):
-    """The samples of one split, by (epoch, index): their tensors, and epoch and index as int64 scalars."""
+    """The samples of one split, by (epoch, index): their tensors, and epoch and index as int64 scalars.
 
-    def __init__(self, artifact: Path, split: str) -> None:
+    predicted_fraction: probability that `target_embeds` are the predicted ones where a sample holds both; drawn for
+    each sample and epoch from (seed, epoch, index).
+    """
+
+    def __init__(self, artifact: Path, split: str, seed: int = 0, predicted_fraction: float = 0.0) -> None:
+        self.seed, self.predicted_fraction = seed, predicted_fraction
         shards = Manifest.load(artifact).require("embedding_shards", artifact).details["splits"][split]
         self.paths = [artifact / shard["file"] for shard in shards]
         self.sizes = np.array([shard["samples"] for shard in shards], dtype=np.int64)
@@ -43,10 +48,17 @@ class ShardDataset(Dataset[dict[str, Tensor]]):
         if len(members) != self.sizes[shard]:
             raise UserError(
                 f"shard {self.paths[shard]} holds {len(members)} samples and its manifest says {self.sizes[shard]}; "
-                "run its embedding stage again"
+                f"{repair_hint(self.paths[shard])}"
             )
         sample = read_sample(self.paths[shard], members[index - int(self.starts[shard])])
+        predicted = sample.pop("predicted_embeds", None)
+        if predicted is not None and self._draw(epoch, index) < self.predicted_fraction:
+            sample["target_embeds"] = predicted
         return {**sample, "epoch": torch.tensor(epoch), "index": torch.tensor(index)}
+
+    def _draw(self, epoch: int, index: int) -> float:
+        """A number in [0, 1) of each sample and epoch; the last 1 keeps it apart from the sample's noise."""
+        return float(np.random.default_rng((self.seed, epoch, index, 1)).random())
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """A permutation of the samples: shards shuffled, then samples within windows of shards."""
@@ -63,8 +75,8 @@ class ShardDataset(Dataset[dict[str, Tensor]]):
 class ShardLoader:
     """This rank's micro batches, without end; the tail of an epoch that fills no global batch is left out.
 
-    A batch stacks the tensors of micro_batch_size samples. Raises UserError when the split is smaller than one global
-    batch.
+    A batch stacks the tensors of micro_batch_size samples. predicted_fraction: see ShardDataset. Raises UserError when
+    the split is smaller than one global batch.
     """
 
     def __init__(
@@ -78,8 +90,9 @@ class ShardLoader:
         world_size: int,
         seed: int,
         num_workers: int,
+        predicted_fraction: float = 0.0,
     ) -> None:
-        self.dataset = ShardDataset(Path(artifact), split)
+        self.dataset = ShardDataset(Path(artifact), split, seed, predicted_fraction)
         self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
         self.rank, self.world_size = rank, world_size
         self.seed, self.num_workers = seed, num_workers

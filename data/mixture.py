@@ -144,22 +144,53 @@ def _source(entry: Any, where: str, path: Path) -> Source:
     return replace(source, files=tuple(files))
 
 
-def read_dataset(path: str | os.PathLike[str]) -> Iterator[Row]:
-    """Every row of a dataset or a mixture once, in the order of its files, whatever its weights and counts are.
+Place = tuple[int, int, int]  # of a row: its source, the file there, its number in that file, all from 0
 
-    Raises UserError as `read_rows` does.
-    """
+
+def read_places(path: str | os.PathLike[str]) -> Iterator[tuple[Place, Row | RowError]]:
+    """Every row of a dataset or a mixture once, in the order of its files, whatever its weights and counts are."""
     spec = load_mixture(path)
     seen: set[str] = set()
     repeats = sum(len(source.files) for source in spec.sources) > len(spec.files)
-    for source in spec.sources:
-        for file in source.files:
-            for record in open_records(file):
-                row = source.parse(record)
-                if source.takes(row) and row.where not in seen:
-                    if repeats:
-                        seen.add(row.where)
-                    yield row
+    for source_number, source in enumerate(spec.sources):
+        for file_number, file in enumerate(source.files):
+            for number, record in enumerate(open_records(file)):
+                row: Row | RowError
+                try:
+                    row = source.parse(record)
+                except RowError as error:
+                    row = error
+                if (isinstance(row, Row) and not source.takes(row)) or row.where in seen:
+                    continue
+                if repeats:
+                    seen.add(row.where)
+                yield (source_number, file_number, number), row
+
+
+class RowsByPlace:
+    """Random access to the rows that `read_places` finds."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._sources = load_mixture(path).sources
+        self._records = [[open_records(file) for file in source.files] for source in self._sources]
+
+    def prepare(self) -> None:
+        """Find the rows of every file now: processes that are forked afterwards need not."""
+        for of_source in self._records:
+            for records in of_source:
+                len(records)
+
+    def __getitem__(self, place: Place) -> Row:
+        source, file, number = place
+        return self._sources[source].parse(self._records[source][file][number])
+
+
+def read_dataset(path: str | os.PathLike[str]) -> Iterator[Row]:
+    """The rows of `read_places`. Raises UserError as `read_rows` does."""
+    for _, row in read_places(path):
+        if isinstance(row, RowError):
+            raise row
+        yield row
 
 
 def check_dataset(path: str | os.PathLike[str], max_bad_fraction: float = 0.0) -> dict[str, int]:

@@ -1,32 +1,43 @@
 """Embedding shards: webdataset tars whose samples hold safetensors and JSON, and what a manifest says of them.
 
 A sample is `<key>.safetensors` (`target_embeds` (81, D), `latents` (C, h, w), for editing `source_embeds` (324, D)) and
-`<key>.json`. A shard covers a fixed range of rows, so shards are the same for any number of processes. Only writing
-and reading samples needs torch; specs are read by launchers.
+`<key>.json`, the facts that the shard's listing repeats. A shard covers a fixed range of rows, so shards are the same
+for any number of processes. Only reading tensors needs torch; specs and listings are read by launchers.
 """
 
+import contextlib
+import hashlib
+import io
 import json
 import os
 import tarfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nexus_gen.specs.artifact import Manifest
+from nexus_gen.specs.artifact import Manifest, hash_file, write_text_atomic
 from nexus_gen.specs.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Sample = tuple[str, dict[str, "Tensor"], dict[str, Any]]  # key, tensors, what the JSON says
+Sample = tuple[
+    str, "bytes | dict[str, Tensor]", dict[str, Any]
+]  # key, tensors or their safetensors, what the JSON says
 EXTENSIONS = {"json", "safetensors"}
+CONSTANTS = "constants.safetensors"  # beside the shards: `pooled` (1, P), CLIP's embedding of the empty prompt
+EMBED_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "int8")
 Member = tuple[int, int]  # offset and size of a member's bytes in its tar
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What every sample of an artifact looks like. encoder: fingerprint of the checkpoint that embedded it."""
+    """What every sample of an artifact looks like.
+
+    latent_shape: empty where no latents are stored. dtype: how embeddings are stored, one of EMBED_DTYPES.
+    encoder: fingerprint of the weights that embedded it. predicted: generation samples hold `predicted_embeds` too.
+    """
 
     num_target_tokens: int
     num_reference_tokens: int
@@ -34,6 +45,7 @@ class ShardSpec:
     latent_shape: list[int]
     dtype: str
     encoder: str
+    predicted: bool = False
 
     @staticmethod
     def load(manifest: Manifest) -> "ShardSpec":
@@ -50,6 +62,15 @@ class ShardSpec:
                 )
         return self
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape of a sample as `read_sample` returns it."""
+        shapes: dict[str, tuple[int, ...]] = {"target_embeds": (self.num_target_tokens, self.embed_dim)}
+        if self.predicted:
+            shapes["predicted_embeds"] = shapes["target_embeds"]
+        if self.num_reference_tokens:
+            shapes["source_embeds"] = (self.num_reference_tokens, self.embed_dim)
+        return {**shapes, "latents": tuple(self.latent_shape)} if self.latent_shape else shapes
+
 
 def require_global_batch(where: str | os.PathLike[str], split: str, num_samples: int, global_batch_size: int) -> None:
     """UserError when a split is too small to fill one step of training."""
@@ -60,20 +81,91 @@ def require_global_batch(where: str | os.PathLike[str], split: str, num_samples:
         )
 
 
-def write_shard(path: Path, samples: Iterable[Sample]) -> int:
-    """Write one tar aside and rename it; the bytes depend on the samples alone. Returns the number of samples."""
+@dataclass
+class Listing:
+    """What a shard holds, beside it as `<shard>.json`: written after it, so a shard that has one is whole.
+
+    recipe: what all its embeddings were made by. samples: the facts of each, in order, each with the `checksum` of its
+    safetensors. quarantined: rows of its range that gave no sample: where, id, reason, and their planned facts.
+    """
+
+    bytes: int
+    sha256: str
+    recipe: dict[str, Any]
+    samples: list[dict[str, Any]]
+    quarantined: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self, shard: Path) -> None:
+        write_text_atomic(listing_path(shard), json.dumps(asdict(self), ensure_ascii=False, sort_keys=True) + "\n")
+
+    @staticmethod
+    def read(shard: Path) -> "Listing | None":
+        """The listing of a whole shard; None when the shard is unfinished, cut short, or its listing is damaged."""
+        try:
+            listing = Listing(**json.loads(listing_path(shard).read_text(encoding="utf-8")))
+            return listing if shard.stat().st_size == listing.bytes else None
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def listing_path(shard: Path) -> Path:
+    return shard.with_suffix(".json")
+
+
+def checksum(data: bytes) -> str:
+    """What a sample's JSON says of its safetensors: 16 hex digits of SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+class _HashingFile(io.RawIOBase):
+    """A binary file that hashes what is written through it; tars are written front to back."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by close()
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())  # the rename below must not survive a power cut that the bytes do not
+            self._file.close()
+        super().close()
+
+
+def write_shard(
+    path: Path,
+    samples: Iterable[Sample],
+    recipe: dict[str, Any] | None = None,
+    quarantined: list[dict[str, Any]] | None = None,
+) -> Listing:
+    """Write one tar aside, rename it, then write its listing; the bytes depend on the arguments alone."""
     from safetensors.torch import save
     from webdataset import TarWriter
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
-    count = 0
-    with TarWriter(str(aside), encoder=False, mtime=0.0) as writer:
+    listed = []
+    with contextlib.closing(_HashingFile(aside)) as file, TarWriter(file, encoder=False, mtime=0.0) as writer:
         for key, tensors, facts in samples:
+            data = tensors if isinstance(tensors, bytes) else save(tensors)
+            facts = {**facts, "checksum": checksum(data)}
             text = json.dumps(facts, ensure_ascii=False, sort_keys=True).encode()
-            writer.write({"__key__": key, "safetensors": save(tensors), "json": text})
-            count += 1
+            writer.write({"__key__": key, "safetensors": data, "json": text})
+            listed.append(facts)
+    listing_path(path).unlink(missing_ok=True)  # of a shard that this one replaces
     os.replace(aside, path)
-    return count
+    listing = Listing(file.size, file.sha256.hexdigest(), recipe or {}, listed, quarantined or [])
+    listing.write(path)
+    return listing
 
 
 def index_shard(path: Path) -> list[dict[str, Member]]:
@@ -81,35 +173,61 @@ def index_shard(path: Path) -> list[dict[str, Member]]:
 
     UserError when the tar is damaged or cut short, holds a member twice or a sample without its two members.
     """
+    samples = scan_shard(path)
+    for key, members in samples.items():
+        if members.keys() != EXTENSIONS:
+            raise UserError(
+                f"sample {key} of shard {path} has {', '.join(sorted(members))} where it needs "
+                f"{', '.join(sorted(EXTENSIONS))}; {repair_hint(path)}"
+            )
+    return list(samples.values())
+
+
+def scan_shard(path: Path, salvage: bool = False) -> dict[str, dict[str, Member]]:
+    """Key -> extension -> place of its bytes, for all members of a tar, whole samples or not.
+
+    salvage: return what stands before damage instead of raising UserError for it.
+    """
     samples: dict[str, dict[str, Member]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 key, _, extension = member.name.partition(".")
                 if extension in samples.setdefault(key, {}):
-                    raise UserError(f"shard {path} holds {member.name} twice; run its embedding stage again")
+                    raise UserError(f"shard {path} holds {member.name} twice; {repair_hint(path)}")
                 samples[key][extension] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"shard {path} cannot be read ({error}); run its embedding stage again") from error
-    for key, members in samples.items():
-        if members.keys() != EXTENSIONS:
-            raise UserError(
-                f"sample {key} of shard {path} has {', '.join(sorted(members))} where it needs "
-                f"{', '.join(sorted(EXTENSIONS))}; run its embedding stage again"
-            )
-    return list(samples.values())
+        if not salvage:
+            raise UserError(f"shard {path} cannot be read ({error}); {repair_hint(path)}") from error
+    return samples
+
+
+def repair_hint(path: Path) -> str:
+    artifact = path.parent.parent
+    return f"`nexus-gen shards repair {artifact}` keeps what is whole, and its embedding stage makes the rest again"
+
+
+def read_member(path: Path, member: Member) -> bytes:
+    offset, size = member
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 def read_sample(path: Path, members: dict[str, Member]) -> dict[str, "Tensor"]:
-    """The tensors of one sample. UserError names the shard when its bytes are not what they should be."""
+    """The tensors of one sample, embeddings of 8 bits as bfloat16. UserError names a shard that is damaged there."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    offset, size = members["safetensors"]
-    with open(path, "rb") as file:
-        file.seek(offset)
-        data = file.read(size)
+    from data.quantize import dequantize
+
     try:
-        return load(data)
+        return dequantize(load(read_member(path, members["safetensors"])))
     except SafetensorError as error:
-        raise UserError(f"shard {path} is damaged at byte {offset} ({error}); run its embedding stage again") from error
+        offset = members["safetensors"][0]
+        raise UserError(f"shard {path} is damaged at byte {offset} ({error}); {repair_hint(path)}") from error
+
+
+def same_file(path: Path, size: int, sha256: str) -> bool:
+    """Whether a file has this size and checksum."""
+    return path.is_file() and path.stat().st_size == size and hash_file(path) == sha256

@@ -93,13 +93,17 @@ def encode(
     return encoded
 
 
-def collate(rows: Sequence[dict[str, Tensor]], padding_id: int) -> dict[str, Tensor]:
-    """Rows of `encode` as one batch, padded on the left: (B, S) input_ids, attention_mask and labels, all patches."""
+def collate(rows: Sequence[dict[str, Tensor]], padding_id: int, length: int = 0) -> dict[str, Tensor]:
+    """Rows of `encode` as one batch, padded on the left: (B, S) input_ids, attention_mask and labels, all patches.
+
+    S is the longest row, or `length` when that is longer.
+    """
 
     def pad(tensors: Sequence[Tensor], value: int) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence(
+        padded = torch.nn.utils.rnn.pad_sequence(
             list(tensors), batch_first=True, padding_value=value, padding_side="left"
         )
+        return torch.nn.functional.pad(padded, (max(0, length - padded.shape[1]), 0), value=value)
 
     batch = {
         "input_ids": pad([row["input_ids"] for row in rows], padding_id),

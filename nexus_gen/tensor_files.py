@@ -1,6 +1,7 @@
 """Files of named tensors: read lazily and without running anything they contain, written whole or not at all."""
 
 import ctypes
+import hashlib
 import mmap
 import os
 import pickle
@@ -130,6 +131,16 @@ def load_bin(path: Path) -> dict[str, Tensor]:
     ):
         raise UserError(f"{path} does not map names to tensors; export the decoder again")
     return tensors
+
+
+def fingerprint_tensors(tensors: Mapping[str, Tensor], part: str = "") -> str:
+    """16 hex digits of SHA-256 over the names, dtypes, shapes and bytes of the tensors with `part` in their names."""
+    sha256 = hashlib.sha256()
+    for key in sorted(key for key in tensors if part in key):
+        tensor = tensors[key]
+        sha256.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha256.update(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return sha256.hexdigest()[:16]
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:

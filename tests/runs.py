@@ -42,6 +42,7 @@ SMALLEST = (
     "optim.warmup_steps=2",
     "embed.samples_per_shard=4",
     "embed.batch_size=2",
+    "embed.num_workers=0",
     "sampling.num_inference_steps=2",
     "average.decay=0.9",
     "average.export=average",

@@ -1,14 +1,16 @@
 """The stages generation_decoder and editing_decoder: shards in, a decoder in the released layout out."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Qwen2_5_VLConfig
 
 from data.loader import ShardLoader
-from data.shards import ShardSpec
+from data.shards import CONSTANTS, ShardSpec
 from nexus_gen.checkpoints import load_decoder, load_decoder_transformer, load_flux, save_decoder
 from nexus_gen.conditioning import EditingProjector, GenerationAdapter, init_from_qwen
 from nexus_gen.decoders import EditingDecoder, GenerationDecoder, build_editing_decoder, build_generation_decoder
@@ -16,6 +18,7 @@ from nexus_gen.specs.artifact import Manifest
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import ProjectorGeometry
 from nexus_gen.specs.models import DECODER_FILES
+from nexus_gen.tensor_files import TensorFiles
 from nexus_gen.text_encoders import encode_context, encode_pooled
 from train.decoder_module import DecoderModule
 from train.decoder_monitor import DecoderMonitor
@@ -120,13 +123,13 @@ class DecoderStage(Stage[DecoderConfig]):
         needs_null = config.objective.condition_dropout > 0 or config.sampling.cfg_scale != 1
         module = DecoderModule(
             self._starting_decoder(spec.embed_dim),
-            encode_pooled(config.model.flux, "", dtype),
+            self._constant("pooled", encode_pooled),
             config.objective,
             config.optim,
             seed=config.seed,
             max_steps=config.trainer.max_steps,
             gradient_checkpointing=config.trainer.gradient_checkpointing,
-            null_context=encode_context(config.model.flux, "", dtype) if needs_null else None,
+            null_context=self._constant("null_context", encode_context) if needs_null else None,
         )
         loader = ShardLoader(
             config.shards,
@@ -137,6 +140,7 @@ class DecoderStage(Stage[DecoderConfig]):
             world_size=self.world_size,
             seed=config.seed,
             num_workers=config.trainer.num_workers,
+            predicted_fraction=getattr(config.objective, "predicted_fraction", 0.0),
         )
         average = None
         if config.average.decay:
@@ -181,6 +185,14 @@ class DecoderStage(Stage[DecoderConfig]):
         decoder = meta_decoder(self.config, embed_dim)
         assert not any(True for _ in decoder.buffers()), "buffers are handed to nobody"
         return decoder.to_empty(device="cpu")
+
+    def _constant(self, name: str, encode: Callable[[str, str, torch.dtype], Tensor]) -> Tensor:
+        """Of the empty prompt: kept beside the shards, where no text encoder is needed then, or encoded now."""
+        file = Path(self.config.shards) / CONSTANTS
+        constants = TensorFiles(file) if file.is_file() else {}
+        if name in constants:
+            return constants[name]
+        return encode(self.config.model.flux, "", DTYPES[self.config.trainer.precision])
 
     def _details(self, embed_dim: int, metrics: dict[str, float]) -> dict[str, Any]:
         """What inference needs to build and sample the decoder, and how training ended."""

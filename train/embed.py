@@ -1,15 +1,20 @@
 """The embedding stages: message rows become webdataset shards of embeddings and latents.
 
-A shard covers a fixed range of rows and belongs to one process; it is written aside and renamed, so a second start
-does only what is missing, on any number of processes. Legend: B rows, D embedding width.
+A sample is stored under the address of what it follows from: pictures, words, and the recipe of the stage. What an
+earlier start made under the same address is copied, so a second run embeds only what is new or stale, and a killed one
+goes on where it was, on any number of processes. docs/embeddings.md tells users. Legend: B rows, D embedding width.
 """
 
-import dataclasses
 import json
 import logging
+import math
+import os
+import shutil
+import signal
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,44 +24,41 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel as VisionTower
 
+from data.embedding_plan import Changes, EarlierSamples, PlannedSample, PlannedShard, SplitRows
 from data.messages import Row
-from data.mixture import read_dataset
-from data.shards import Sample, ShardSpec, index_shard, write_shard
-from nexus_gen.ar_checkpoint import load_autoregressive, load_processor, load_vision_tower
-from nexus_gen.ar_generation import teacher_forced_embeddings, vision_embeddings
-from nexus_gen.autoregressive import NexusGenForConditionalGeneration
-from nexus_gen.checkpoints import load_vae
-from nexus_gen.conversation import collate, encode, patches, target_size
-from nexus_gen.specs.artifact import write_text_atomic
+from data.mixture import RowsByPlace
+from data.shards import CONSTANTS, Listing, ShardSpec, listing_path
+from nexus_gen.ar_checkpoint import (
+    PROCESSOR_FILES,
+    load_autoregressive,
+    load_processor,
+    load_vision_tower,
+)
+from nexus_gen.ar_generation import compiled_decoder_layer, decoder_layer, teacher_forced_pairs
+from nexus_gen.autoregressive import IGNORE_INDEX, NexusGenForConditionalGeneration
+from nexus_gen.checkpoints import component, load_vae
+from nexus_gen.conversation import collate, encode, target_size
+from nexus_gen.packed_vision import PackedVisionTower
+from nexus_gen.specs.artifact import digest, hash_file, write_text_atomic
+from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS, NUM_TARGET_TOKENS, REFERENCE_GRID
-from nexus_gen.specs.images import cover_crop, open_image, squash, to_array
+from nexus_gen.specs.images import cover_crop, open_image, squash
 from nexus_gen.specs.models import trained_details
-from nexus_gen.specs.prompts import IMAGE_TAG
+from nexus_gen.tensor_files import TensorFiles, fingerprint_tensors, save_tensors
+from nexus_gen.text_encoders import encode_pooled
 from nexus_gen.vae import FluxVae
+from train.embed_pipeline import Prepared, ShardFiller, require_unchanged
 from train.metrics import METRICS
-from train.schemas.fields import fingerprint_path
 from train.schemas.stages import EmbedEditingConfig, EmbedGenerationConfig, EmbedStageConfig
 from train.stage import Stage
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "heldout")
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """A range of a split's rows and the file that they become."""
-
-    split: str
-    number: int
-    rows: list[Row]
-
-    @property
-    def file(self) -> str:
-        return f"{self.split}/{self.number:06d}.tar"
-
+# Part of every address. Raise it when a change of the code changes what is stored for the same pictures and weights.
+EMBEDDING_CODE = 1
+LENGTH_STEP = 64  # conversations are padded to multiples of it and share a batch with those of their own length only
+QUARANTINE = "quarantine.jsonl"
 
 EmbedConfig = TypeVar("EmbedConfig", bound=EmbedStageConfig)
 
@@ -68,62 +70,235 @@ class EmbedStage(Stage[EmbedConfig]):
 
     def run(self) -> bool:
         self.start_process_group()
-        partial = self.config.artifact_dir.with_name("artifact.partial")
-        shards = self.plan()
-        mine = [shard for shard in shards[self.rank :: self.world_size] if not (partial / shard.file).is_file()]
-        kept = len(shards[self.rank :: self.world_size]) - len(mine)
-        if kept:
-            log.info("%d finished shards kept from an earlier try", kept)
+        signals: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+        splits, recipe = self.from_rank_zero(lambda: (self.config.read_splits(), self.recipe()))
+        size = self.config.embed.samples_per_shard
+        plan = [shard for split in splits for shard in split.plan(recipe, self.config.reads_conversations, size)]
+        unfinished = self.from_rank_zero(lambda: self._settle(plan))
+        if self.rank == 0:
+            log.info("%s", Changes.between(EarlierSamples([*self._sources(), self._partial]), plan, recipe))
+        mine = [plan[number] for number in unfinished[self.rank :: self.world_size]]
+        filler = ShardFiller(
+            self._partial,
+            self,
+            EarlierSamples(self._sources()),
+            recipe,
+            dtype=self.config.embed.dtype,
+            batch_size=self.config.embed.batch_size,
+            num_workers=self.config.embed.num_workers,
+            max_bad=self.config.data.max_bad_fraction * sum(len(split.rows) for split in splits),
+        )
+        for rows in self._rows.values():
+            rows.prepare()
+        _ = self.processor  # as the rows, before workers are forked, which would each read it again
         began = time.monotonic()
-        rows = sum(len(shard.rows) for shard in mine)
-        with tqdm(total=rows, unit="row", desc=self.config.stage, disable=self.rank != 0) as progress:
-            for shard in mine:
-                (partial / shard.file).parent.mkdir(parents=True, exist_ok=True)
-                write_shard(partial / shard.file, self.samples(shard, progress))
-        seconds = torch.tensor(time.monotonic() - began)
-        embedded = torch.tensor(float(rows))
-        torch.distributed.all_reduce(embedded := embedded.to(self.device))
-        torch.distributed.all_reduce(seconds := seconds.to(self.device), torch.distributed.ReduceOp.MAX)
-        if self.rank == 0 and embedded:
-            # Not in the manifest: the same shards made at another speed are the same artifact.
-            metrics = {"step": 0, "time": time.time(), "perf/samples_per_s": float(embedded / seconds)}
-            write_text_atomic(self.run_dir / METRICS, json.dumps(metrics) + "\n")
-        self.write_artifact(lambda directory: self.details(directory, shards), keep_partial=True)
+        num_rows = sum(len(shard.samples) for shard in mine)
+        with tqdm(total=num_rows, unit="row", desc=self.config.stage, disable=self.rank != 0) as progress:
+            try:
+                done = filler.fill(mine, lambda: bool(signals), progress.update)
+            except UserError:
+                write_text_atomic(self.run_dir / QUARANTINE, json_lines(filler.quarantined))
+                raise
+        if self._total(float(not done)):
+            return False
+        seconds = self._total(time.monotonic() - began, torch.distributed.ReduceOp.MAX)
+        embedded = self._total(float(filler.embedded))
+        self._write(splits, plan, recipe, {"perf/samples_per_s": embedded / seconds} if embedded else {})
         return True
 
-    def plan(self) -> list[Shard]:
-        """Every shard of both splits, in order."""
-        size = self.config.embed.samples_per_shard
-        shards = []
-        for split in SPLITS:
-            of_task = [row for row in read_dataset(getattr(self.config.data, split)) if row.task == self.config.task]
-            rows = [row for row in of_task if row.messages[-1]["content"].count(IMAGE_TAG) == 1]
-            if len(rows) < len(of_task) and self.rank == 0:
-                left_out = len(of_task) - len(rows)
-                log.warning("%d %s rows left out: their last reply does not hold exactly one picture", left_out, split)
-            shards += [Shard(split, first // size, rows[first : first + size]) for first in range(0, len(rows), size)]
-        return shards
+    # ---- what there is to do ----
 
-    def samples(self, shard: Shard, progress: tqdm) -> Iterator[Sample]:
-        """Embed a shard's rows batch by batch."""
-        batch_size = self.config.embed.batch_size
-        for first in range(0, len(shard.rows), batch_size):
-            rows = shard.rows[first : first + batch_size]
-            tensors = self.embed(rows)
-            for number, row in enumerate(rows):
-                index = shard.number * self.config.embed.samples_per_shard + first + number
-                facts = {"id": row.id, "caption": row.messages[-2]["content"], "index": index}
-                sample = {name: values[number].to("cpu", self.dtype).contiguous() for name, values in tensors.items()}
-                yield f"{index:09d}", sample, facts
-            progress.update(len(rows))
+    def recipe(self) -> dict[str, Any]:
+        """What a sample's tensors follow from beside its row; a name here is what users read as changed."""
+        config = self.config
+        checkpoint = Path(config.embed.autoregressive)
+        whole = config.reads_conversations
+        recipe: dict[str, Any] = {
+            "stage": config.stage,
+            "code": EMBEDDING_CODE,
+            "encoder": fingerprint_tensors(TensorFiles(checkpoint), "" if whole else "visual."),
+            "encoder config": hash_file(checkpoint / "config.json")[:16],
+            "processor": self._processor_fingerprint(),
+            "compute dtype": str(self.compute_dtype).removeprefix("torch."),
+            "storage dtype": config.embed.dtype,
+            "latents": config.embed.latents,
+        }
+        if whole:
+            recipe |= {"max_pixels": config.data.max_pixels, "consistent_edit_scale": self.consistent_edit_scale}
+        if config.embed.latents:
+            vae = component(Path(config.model.flux), "ae.safetensors", "vae")
+            recipe |= {"vae": fingerprint_tensors(TensorFiles(vae)), "image_size": config.model.image_size}
+        return recipe
 
-    @abstractmethod
-    def embed(self, rows: list[Row]) -> dict[str, Tensor]:
-        """The tensors of a shard's samples, each (B, ...)."""
+    def _processor_fingerprint(self) -> str:
+        """Of how pictures become patches, and words tokens where they enter."""
+        image: Any = self.processor.image_processor
+        facts = [image.image_mean, image.image_std, image.rescale_factor, image.patch_size]
+        if self.config.reads_conversations:
+            directory = Path(self.config.embed.autoregressive)
+            facts += [hash_file(path) for name in PROCESSOR_FILES if (path := directory / name).is_file()]
+        return digest(facts)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.config.embed.dtype]
+    def _partial(self) -> Path:
+        return self.config.artifact_dir.with_name("artifact.partial")
+
+    @property
+    def _leftovers(self) -> Path:
+        """Shards of unfinished tries with another plan: kept for their samples until the stage is done."""
+        return self.config.artifact_dir.with_name("artifact.earlier")
+
+    def _sources(self) -> list[Path]:
+        """Where samples may be copied from."""
+        artifact = [self.config.artifact_dir] if self.config.resume else []
+        return artifact + sorted(self._leftovers.glob("*"))
+
+    def _settle(self, plan: Sequence[PlannedShard]) -> list[int]:
+        """Keep what holds of an earlier start, clear away the rest; the places in the plan of the shards to be made."""
+        planned = {shard.file: shard for shard in plan}
+        self._partial.mkdir(parents=True, exist_ok=True)
+        for path in sorted(path for path in self._partial.rglob("*") if path.is_file()):
+            name = path.relative_to(self._partial).as_posix()
+            shard = planned.get(name if path.suffix == ".tar" else f"{name.removesuffix('.json')}.tar")
+            whole = Listing.read(path.with_suffix(".tar"))
+            if path.name.startswith(".") or whole is None:
+                path.unlink(missing_ok=True)
+            elif path.suffix == ".tar" and (shard is None or not shard.is_held_by(whole)):
+                self._set_aside(path)
+        unfinished = []
+        for number, shard in enumerate(plan):
+            made, before = self._partial / shard.file, self.config.artifact_dir / shard.file
+            if made.is_file():
+                continue
+            if self.config.resume and shard.is_held_by(Listing.read(before)):
+                for old, new in ((before, made), (listing_path(before), listing_path(made))):
+                    link(old, new)
+            else:
+                unfinished.append(number)
+        return unfinished
+
+    def _set_aside(self, shard: Path) -> None:
+        """Move a shard of another plan out of the way, where its samples are found."""
+        number = sum(1 for _ in self._leftovers.glob("*"))
+        to = self._leftovers / f"{number:06d}" / shard.parent.name / shard.name
+        to.parent.mkdir(parents=True)
+        os.replace(shard, to)
+        os.replace(listing_path(shard), listing_path(to))
+
+    # ---- what becomes of it ----
+
+    def _write(
+        self,
+        splits: list[SplitRows],
+        plan: list[PlannedShard],
+        recipe: dict[str, Any],
+        metrics: dict[str, float],
+    ) -> None:
+        """The artifact, on rank zero; and what is logged of it."""
+        known = {}
+        if self.rank == 0:
+            known = {shard.file: self._listing(self._partial, shard).sha256 for shard in plan}
+
+        def finish(directory: Path) -> dict[str, Any]:
+            if self.config.embed.latents:
+                pooled = encode_pooled(self.config.model.flux, "", torch.float32)
+                save_tensors({"pooled": pooled.contiguous()}, directory / CONSTANTS)
+            details = self.details(directory, splits, plan, recipe)
+            gap = {f"gap/{name}": value for name, value in details["gap"].items()}
+            if metrics or gap:  # not the speed in the manifest: the same shards made faster are the same artifact
+                line = json.dumps({"step": 0, "time": time.time(), **metrics, **gap})
+                write_text_atomic(self.run_dir / METRICS, line + "\n")
+            if gap:
+                log.info("predicted against true embeddings: cosine %(cosine).4f, MSE %(mse).4f", details["gap"])
+            for split, rows in details["rows"].items():
+                log.info("%s: %d rows = %d embedded + %d quarantined", split, *rows.values())
+            return details
+
+        self.write_artifact(finish, keep_partial=True, known=known)
+        if self.rank == 0:
+            shutil.rmtree(self._leftovers, ignore_errors=True)
+
+    def _listing(self, directory: Path, shard: PlannedShard) -> Listing:
+        listing = Listing.read(directory / shard.file)
+        assert listing is not None, f"{shard.file} is not finished"
+        return listing
+
+    def details(
+        self, directory: Path, splits: list[SplitRows], plan: list[PlannedShard], recipe: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What the manifest says: spec, recipe, shards, rows in and out, what storage loses, the gap.
+
+        Rows that gave no sample are written beside the shards.
+        """
+        model = self.config.model
+        side = model.image_size // model.vae.downscale
+        embed_dim = json.loads((Path(self.config.embed.autoregressive) / "config.json").read_text())["hidden_size"]
+        spec = ShardSpec(
+            num_target_tokens=NUM_TARGET_TOKENS,
+            num_reference_tokens=self.num_reference_tokens,
+            embed_dim=embed_dim,
+            latent_shape=[model.vae.latent_channels, side, side] if self.config.embed.latents else [],
+            dtype=self.config.embed.dtype,
+            encoder=recipe["encoder"],
+            predicted=self.stores_predicted,
+        )
+        listings = [(shard, self._listing(directory, shard)) for shard in plan]
+        quarantined, rows = [], {}
+        for split in splits:
+            bad = list(split.unusable)
+            own = [listing for shard, listing in listings if shard.split == split.split]
+            bad += [
+                {name: entry[name] for name in ("where", "id", "reason")}
+                for listing in own
+                for entry in listing.quarantined
+            ]
+            embedded = sum(len(listing.samples) for listing in own)
+            rows[split.split] = {
+                "rows": len(split.rows) + len(split.unusable),
+                "embedded": embedded,
+                "quarantined": len(bad),
+            }
+            assert rows[split.split]["rows"] == embedded + len(bad), rows
+            quarantined += bad
+        if quarantined:
+            write_text_atomic(directory / QUARANTINE, json_lines(quarantined))
+        measured = [facts["measured"] for _, listing in listings for facts in listing.samples]
+        return {
+            "spec": asdict(spec),
+            "recipe": recipe,
+            "splits": {
+                split.split: [
+                    {
+                        "file": shard.file,
+                        "samples": len(listing.samples),
+                        "bytes": listing.bytes,
+                        "sha256": listing.sha256,
+                    }
+                    for shard, listing in listings
+                    if shard.split == split.split
+                ]
+                for split in splits
+            },
+            "rows": rows,
+            "storage_error": {
+                name: means(sample["storage"][name] for sample in measured) for name in measured[0]["storage"]
+            }
+            if measured
+            else {},
+            "gap": means(sample["gap"] for sample in measured if "gap" in sample),
+        }
+
+    # ---- models ----
+
+    @property
+    @abstractmethod
+    def uniform(self) -> bool: ...
+
+    @property
+    def stores_predicted(self) -> bool:
+        """Whether samples hold `predicted_embeds` beside true ones."""
+        return False
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -133,69 +308,136 @@ class EmbedStage(Stage[EmbedConfig]):
     def processor(self) -> Any:
         return load_processor(self.config.embed.autoregressive)
 
-    @property
-    @abstractmethod
-    def tower(self) -> VisionTower:
-        """The vision tower of the checkpoint."""
+    @cached_property
+    def model(self) -> NexusGenForConditionalGeneration:
+        return load_autoregressive(self.config.embed.autoregressive, dtype=self.compute_dtype, device=self.device)
+
+    @cached_property
+    def tower(self) -> PackedVisionTower:
+        """The checkpoint's; alone where nothing needs the language model, nearly all of a full-size checkpoint."""
+        alone = not self.config.reads_conversations
+        checkpoint = self.config.embed.autoregressive
+        image: Any = self.processor.image_processor
+        return PackedVisionTower(
+            load_vision_tower(checkpoint, dtype=self.compute_dtype, device=self.device)
+            if alone
+            else self.model.model.visual,
+            compiled=self.device_type == "cuda",
+            pixel_mean=image.image_mean,
+            pixel_std=image.image_std,
+        )
 
     @cached_property
     def vae(self) -> FluxVae:
         model = self.config.model
         return load_vae(model.flux, model.vae, self.compute_dtype, self.device).eval()
 
+    @cached_property
+    def _rows(self) -> dict[str, RowsByPlace]:
+        return {split: RowsByPlace(getattr(self.config.data, split)) for split in ("train", "heldout")}
+
+    def read(self, sample: PlannedSample) -> tuple[Row, list[Image.Image]]:
+        """A sample's row, and the pictures of it that enter; UserError when they are not those of its address."""
+        row = self._rows[sample.split][sample.row.place]
+        images = row.images[-len(sample.facts["pictures"]) :]
+        require_unchanged(images, sample)
+        return row, [open_image(image) for image in images]
+
+    def prepare_latents(self, image: Image.Image) -> Prepared:
+        """A picture that the decoders paint, at their size; nothing where no latents are stored."""
+        return {"pixels": as_uint8(image)} if self.config.embed.latents else {}
+
+    def full_batch(self, pictures: Sequence[Tensor]) -> Tensor:
+        """(batch_size, 3, H, W) on the device, black behind the given ones.
+
+        One shape for every batch: a picture's numbers then do not depend on how many others are embedded with it. On a
+        CPU the VAE's latents of one picture alone differ by 6e-6 from those of the same picture in a batch.
+        """
+        rows = torch.stack([torch.as_tensor(picture) for picture in pictures])
+        missing = self.config.embed.batch_size - len(rows)
+        return torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, missing)).to(self.device)
+
     @torch.inference_mode()
-    def latents(self, images: list[Image.Image]) -> Tensor:
-        """(B, C, h, w) of pictures at the decoders' size."""
-        pixels = torch.from_numpy(np.stack([to_array(image) for image in images]))
-        return self.vae.encode(pixels.to(self.device, self.compute_dtype))
+    def latents(self, pictures: Sequence[Tensor]) -> Tensor:
+        """(B, C, h, w) of uint8 pictures at the decoders' size."""
+        pixels = self.full_batch(pictures).float() / 127.5 - 1
+        return self.vae.encode(pixels.to(self.compute_dtype))[: len(pictures)]
 
-    def vision(self, images: list[Image.Image], num_tokens: int) -> Tensor:
-        """(B, num_tokens, D) of pictures that already have the size of their grid."""
-        pixel_values, grid = patches(self.processor, images)
-        embeds = vision_embeddings(self.tower, pixel_values.to(self.device), grid.to(self.device))
-        return embeds.view(len(images), num_tokens, -1)
+    def vision(self, pictures: Sequence[Tensor], num_tokens: int) -> Tensor:
+        """(B, num_tokens, D) of uint8 pictures that already have the size of their grid."""
+        embeds = self.tower.embed_pictures(self.full_batch(pictures))[: len(pictures)]
+        assert embeds.shape[1] == num_tokens, f"{embeds.shape[1]} tokens instead of {num_tokens}"
+        return embeds
 
-    def details(self, directory: Path, shards: list[Shard]) -> dict[str, Any]:
-        """What the manifest says: the spec and the shards of each split."""
-        model = self.config.model
-        side = model.image_size // model.vae.downscale
-        embed_dim = json.loads((Path(self.config.embed.autoregressive) / "config.json").read_text())["hidden_size"]
-        spec = ShardSpec(
-            num_target_tokens=NUM_TARGET_TOKENS,
-            num_reference_tokens=self.num_reference_tokens,
-            embed_dim=embed_dim,
-            latent_shape=[model.vae.latent_channels, side, side],
-            dtype=self.config.embed.dtype,
-            encoder=fingerprint_path(Path(self.config.embed.autoregressive)),
-        )
-        splits = {
-            split: [
-                {"file": shard.file, "samples": len(index_shard(directory / shard.file))}
-                for shard in shards
-                if shard.split == split
-            ]
-            for split in SPLITS
-        }
-        return {"spec": dataclasses.asdict(spec), "splits": splits}
+    def conversation(self, row: Row, images: list[Image.Image]) -> Prepared:
+        pixels = self.config.data.max_pixels
+        return encode(self.processor, row.messages, images, pixels, consistent_edit_scale=self.consistent_edit_scale)
+
+    @cached_property
+    def consistent_edit_scale(self) -> bool:
+        """As the checkpoint was trained."""
+        return bool(trained_details(Path(self.config.embed.autoregressive)).get("consistent_edit_scale", False))
+
+    def predicted(self, rows: Sequence[Prepared]) -> tuple[Tensor, Tensor]:
+        """Of each row's last target image, (B, 81, D) twice: what the model predicts, and the tower's embeddings."""
+        names = ("input_ids", "labels", "pixel_values", "image_grid_thw")
+        encoded = [{name: torch.as_tensor(row[name]) for name in names} for row in rows]
+        batch = collate(encoded, self.processor.tokenizer.pad_token_id, self.group(rows[0]) * LENGTH_STEP)
+        layer = compiled_decoder_layer() if self.device_type == "cuda" else decoder_layer
+        pairs = teacher_forced_pairs(self.model, batch, self.tower, layer)
+        num_targets = [int((row["labels"] != IGNORE_INDEX).sum()) // NUM_TARGET_TOKENS for row in rows]
+        last = [pairs[end - 1] for end in np.cumsum(num_targets)]
+        return torch.stack([predicted for predicted, _ in last]), torch.stack([true for _, true in last])
+
+    def group(self, prepared: Prepared) -> int:
+        """Conversations of one padded length, which then does not depend on what else is in the batch."""
+        return -(-len(prepared["input_ids"]) // LENGTH_STEP)
+
+    @abstractmethod
+    def prepare(self, sample: PlannedSample) -> Prepared: ...
+
+    @abstractmethod
+    def embed(self, prepared: Any) -> dict[str, Tensor]: ...
+
+    def _total(self, value: float, op: Any = torch.distributed.ReduceOp.SUM) -> float:
+        """Over all ranks."""
+        torch.distributed.all_reduce(total := torch.tensor(value, device=self.device), op)
+        return float(total)
 
 
 class EmbedGenerationStage(EmbedStage[EmbedGenerationConfig]):
-    """81 vision embeddings of the picture that a row asks for; pixels and embeddings see the same centre crop."""
+    """81 vision embeddings of the picture that a row asks for; pixels and embeddings see the same centre crop.
+
+    With embed.predicted, also the 81 that the language model predicts from the row's words.
+    """
 
     num_reference_tokens = 0
 
-    @cached_property
-    def tower(self) -> VisionTower:
-        """Alone: the language model, nearly all of a full-size checkpoint, is not read."""
-        return load_vision_tower(self.config.embed.autoregressive, dtype=self.compute_dtype, device=self.device)
+    @property
+    def stores_predicted(self) -> bool:
+        return self.config.embed.predicted
 
-    def embed(self, rows: list[Row]) -> dict[str, Tensor]:
-        images = [open_image(row.images[-1]) for row in rows]
-        side = target_size(self.processor)
-        return {
-            "target_embeds": self.vision([cover_crop(image, side) for image in images], NUM_TARGET_TOKENS),
-            "latents": self.latents([cover_crop(image, self.config.model.image_size) for image in images]),
-        }
+    @property
+    def uniform(self) -> bool:
+        return not self.config.embed.predicted
+
+    def prepare(self, sample: PlannedSample) -> Prepared:
+        row, images = self.read(sample)
+        target = {"target": as_uint8(cover_crop(images[-1], target_size(self.processor)))}
+        words = self.conversation(row, images) if self.config.embed.predicted else {}
+        return target | words | self.prepare_latents(cover_crop(images[-1], self.config.model.image_size))
+
+    def embed(self, prepared: Any) -> dict[str, Tensor]:
+        def of(name: str) -> Sequence[Tensor]:
+            return prepared[name] if self.uniform else [row[name] for row in prepared]
+
+        outputs = {"target_embeds": self.vision(of("target"), NUM_TARGET_TOKENS)}
+        if self.config.embed.latents:
+            outputs["latents"] = self.latents(of("pixels"))
+        if self.config.embed.predicted:
+            outputs["predicted_embeds"], _ = self.predicted(prepared)
+            outputs |= {"gap.predicted": outputs["predicted_embeds"], "gap.true": outputs["target_embeds"]}
+        return outputs
 
 
 class EmbedEditingStage(EmbedStage[EmbedEditingConfig]):
@@ -206,33 +448,60 @@ class EmbedEditingStage(EmbedStage[EmbedEditingConfig]):
 
     num_reference_tokens = NUM_REFERENCE_TOKENS
 
-    @cached_property
-    def model(self) -> NexusGenForConditionalGeneration:
-        return load_autoregressive(self.config.embed.autoregressive, dtype=self.compute_dtype, device=self.device)
-
     @property
-    def tower(self) -> VisionTower:
-        return self.model.model.visual
+    def uniform(self) -> bool:
+        return False
 
-    def embed(self, rows: list[Row]) -> dict[str, Tensor]:
-        pictures = [[open_image(path) for path in row.images] for row in rows]
-        consistent = trained_details(Path(self.config.embed.autoregressive)).get("consistent_edit_scale", False)
-        encoded = [
-            encode(self.processor, row.messages, images, self.config.data.max_pixels, consistent_edit_scale=consistent)
-            for row, images in zip(rows, pictures, strict=True)
-        ]
-        batch = collate(encoded, self.processor.tokenizer.pad_token_id)
-        predicted = teacher_forced_embeddings(
-            self.model, {name: value.to(self.device) for name, value in batch.items()}
-        )
-        last_of_row = np.cumsum([row.num_targets for row in rows]) - 1
+    def prepare(self, sample: PlannedSample) -> Prepared:
+        row, images = self.read(sample)
         side = REFERENCE_GRID * self.processor.image_processor.patch_size
         return {
-            "target_embeds": torch.stack([predicted[last] for last in last_of_row]),
-            "source_embeds": self.vision([squash(images[-2], side) for images in pictures], NUM_REFERENCE_TOKENS),
-            "latents": self.latents([self.square(images[-1]) for images in pictures]),
+            **self.conversation(row, images),
+            "source": as_uint8(squash(images[-2], side)),
+            **self.prepare_latents(self.square(images[-1])),
         }
 
     def square(self, image: Image.Image) -> Image.Image:
         """A result as the autoencoder sees it."""
         return (squash if self.config.embed.pixels == "squash" else cover_crop)(image, self.config.model.image_size)
+
+    def recipe(self) -> dict[str, Any]:
+        return super().recipe() | {"pixels": self.config.embed.pixels}
+
+    def embed(self, prepared: Any) -> dict[str, Tensor]:
+        predicted, true = self.predicted(prepared)
+        outputs = {
+            "target_embeds": predicted,
+            "source_embeds": self.vision([row["source"] for row in prepared], NUM_REFERENCE_TOKENS),
+            "gap.predicted": predicted,
+            "gap.true": true,
+        }
+        if self.config.embed.latents:
+            outputs["latents"] = self.latents([row["pixels"] for row in prepared])
+        return outputs
+
+
+def as_uint8(image: Image.Image) -> Tensor:
+    """(3, H, W) uint8 of an RGB picture."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def means(measured: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Per name, the mean over samples; exact sums, so that their order does not count."""
+    rows = list(measured)
+    return {name: float(f"{math.fsum(row[name] for row in rows) / len(rows):.6g}") for name in rows[0]} if rows else {}
+
+
+def json_lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def link(old: Path, new: Path) -> None:
+    """The same file under another name; a copy where the file system has no links."""
+    new.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(old, new)
+    except OSError:
+        aside = new.with_name(f".{new.name}.tmp")
+        shutil.copyfile(old, aside)
+        os.replace(aside, new)

@@ -5,9 +5,10 @@ import logging
 import os
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from train.schemas.stages import StageConfig
 log = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=StageConfig)
+T = TypeVar("T")
 
 
 class Stage(ABC, Generic[Config]):
@@ -45,14 +47,30 @@ class Stage(ABC, Generic[Config]):
         if not torch.distributed.is_initialized():
             if self.device_type == "cuda":
                 torch.cuda.set_device(self.device)
-            torch.distributed.init_process_group("nccl" if self.device_type == "cuda" else "gloo")
+            backend = "nccl" if self.device_type == "cuda" else "gloo"
+            # Ranks wait for the slowest one, which may take hours; one that dies is seen by torchrun.
+            torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
+
+    def from_rank_zero(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank zero, on every rank; it runs nowhere else."""
+        made = [make() if self.rank == 0 else None]
+        torch.distributed.broadcast_object_list(made, device=self.device)
+        return cast(T, made[0])
 
     def barrier(self) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
 
-    def write_artifact(self, fill: Callable[[Path], dict[str, Any]], keep_partial: bool = False) -> None:
-        """Rank zero builds artifact/ with `fill` (directory -> details), seals and renames it; the others wait."""
+    def write_artifact(
+        self,
+        fill: Callable[[Path], dict[str, Any]],
+        keep_partial: bool = False,
+        known: Mapping[str, str] | None = None,
+    ) -> None:
+        """Rank zero builds artifact/ with `fill` (directory -> details), seals and renames it; the others wait.
+
+        known: see `seal`.
+        """
         if self.rank == 0:
             with building(self.config.artifact_dir, keep_partial) as directory:
                 details = fill(directory)
@@ -63,7 +81,7 @@ class Stage(ABC, Generic[Config]):
                     code=json.loads((self.run_dir / "environment.json").read_text(encoding="utf-8")),
                     details=details,
                 )
-                seal(directory, manifest)
+                seal(directory, manifest, known)
         self.barrier()
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -84,10 +84,17 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     os.replace(aside, path)
 
 
-def seal(directory: Path, manifest: Manifest) -> None:
-    """Checksum every file under `directory` and write the manifest last."""
+def seal(directory: Path, manifest: Manifest, known: Mapping[str, str] | None = None) -> None:
+    """Checksum every file under `directory` and write the manifest last.
+
+    known: relative path -> SHA-256 of files that were hashed while they were written.
+    """
+    known = known or {}
     manifest.files = {
-        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+        (name := str(path.relative_to(directory))): {
+            "bytes": path.stat().st_size,
+            "sha256": known.get(name) or hash_file(path),
+        }
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }

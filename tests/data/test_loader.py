@@ -34,7 +34,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         samples = [
             (f"{i:09d}", {"value": torch.tensor([float(i)])}, {"id": str(i)}) for i in range(first, first + size)
         ]
-        assert write_shard(directory / file, samples) == size
+        assert len(write_shard(directory / file, samples).samples) == size
         shards.append({"file": file, "samples": size})
         first += size
     details = {"spec": SPEC.__dict__, "splits": {"train": shards}}
@@ -147,9 +147,9 @@ def test_a_kill_while_writing_leaves_no_shard_and_the_next_try_writes_the_same_b
     assert child.exitcode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == [".a.tar.tmp"]
     for name in ("a.tar", "b.tar"):
-        assert write_shard(tmp_path / name, samples(None)) == 40
+        assert len(write_shard(tmp_path / name, samples(None)).samples) == 40
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "b.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.tar", "b.json", "b.tar"]
 
 
 def test_webdataset_itself_reads_a_shard(artifact: Path) -> None:

@@ -91,7 +91,7 @@ def config(inputs: Path, runs_dir: Path, stage: str = "generation_decoder", deco
         "image_size": 16,
         "flux": str(inputs / "FLUX.1-dev"),
     }
-    own: dict[str, dict[str, Any]] = {"init": {}, "objective": {}}
+    own: dict[str, dict[str, Any]] = {"init": {}, "objective": {"predicted_fraction": 0.0}}
     if stage == "editing_decoder":
         model["qwen"] = str(inputs / "qwen")
         own = {"init": {"projector": "qwen"}, "objective": {"reference": True, "round_positions": False}}

@@ -85,7 +85,7 @@ def fingerprint_values(config: StageConfig) -> dict[str, Any]:
 
 def input_fingerprints(config: StageConfig) -> dict[str, str]:
     """Role -> fingerprint of what the stage reads."""
-    return {role: fingerprint_path(where) for role, where in config.inputs().items()}
+    return {role: fingerprint_path(where) for role, where in config.inputs().items()} | config.content_fingerprints()
 
 
 def fingerprint_path(where: Path) -> str:

@@ -56,6 +56,8 @@ def made_by(config: StageConfig, wanted: dict[str, Any]) -> bool:
     if not created_at(config):
         return False
     made = Manifest.load(config.artifact_dir)
+    if made.details.get("lost"):  # by `shards repair`, which said so; only the stage can make it again
+        return False
     return {"config": made.config, "inputs": made.inputs} == wanted and not waits_for_another(config)
 
 
@@ -103,10 +105,12 @@ def prepare(config: StageConfig, wanted: dict[str, Any]) -> Path:
         earlier = checkpoints_identity(config)
         if made_by(config, earlier) or not config.resume:
             shutil.rmtree(checkpoints)
-            shutil.rmtree(config.artifact_dir.with_name("artifact.partial"), ignore_errors=True)
             shutil.rmtree(config.run_dir / QUARANTINE, ignore_errors=True)
             (config.run_dir / "timing.jsonl").unlink(missing_ok=True)
-        elif earlier != wanted:
+            if not (config.reuses_by_content and config.resume):
+                for leftover in ("artifact.partial", "artifact.earlier"):
+                    shutil.rmtree(config.artifact_dir.with_name(leftover), ignore_errors=True)
+        elif earlier != wanted and not config.reuses_by_content:
             raise UserError(
                 f"{checkpoints} belong to an unfinished try with another {difference(earlier, wanted)}; "
                 "restore that, give resume=false to start over, or another name=..."

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from data.embedding_plan import HASHES, PictureHashes, SplitRows
 from data.mixture import check_dataset, load_mixture
 from data.shapes import ShapesConfig
-from data.shards import ShardSpec, require_global_batch
+from data.shards import EMBED_DTYPES, ShardSpec, require_global_batch
 from nexus_gen.specs.artifact import Manifest
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import (
@@ -56,6 +57,7 @@ class StageConfig:
 
     kind: ClassVar[str]  # the artifact that the stage makes
     trains: ClassVar[bool] = False  # has steps, checkpoints and metrics
+    reuses_by_content: ClassVar[bool] = False  # looks up by content what earlier tries made, whatever their config
 
     @property
     def run_dir(self) -> Path:
@@ -71,6 +73,10 @@ class StageConfig:
 
     def inputs(self) -> dict[str, Path]:
         """Role -> the file or directory that this stage reads."""
+        return {}
+
+    def content_fingerprints(self) -> dict[str, str]:
+        """Role -> fingerprint of what the stage reads beyond `inputs`, such as the pictures that rows name."""
         return {}
 
     def preflight(self) -> None:
@@ -216,11 +222,18 @@ class PretrainConfig(StageConfig):
 
 @dataclass
 class EmbedConfig:
-    """batch_size: pictures per forward. samples_per_shard: a finished shard survives an interruption."""
+    """samples_per_shard: a finished shard survives an interruption. dtype: how embeddings are stored.
+
+    latents: store the VAE's latents too; decoders train on them. batch_size: pictures per forward; another one changes
+    embeddings by rounding, and recomputes nothing. num_workers: processes per rank that decode pictures ahead; 0
+    decodes in the rank's own.
+    """
 
     samples_per_shard: int
     dtype: str
+    latents: bool
     batch_size: Annotated[int, RUNTIME]
+    num_workers: Annotated[int, RUNTIME]
     autoregressive: PathStr
 
 
@@ -233,7 +246,10 @@ class EmbedEditing(EmbedConfig):
 
 @dataclass
 class EmbedDataConfig:
+    """max_bad_fraction: of all rows; bad ones are quarantined, and past this rate the stage stops."""
+
     max_pixels: int
+    max_bad_fraction: Annotated[float, RUNTIME]
     train: PathStr
     heldout: PathStr
 
@@ -245,34 +261,70 @@ class EmbedStageConfig(StageConfig):
     embed: EmbedConfig
 
     kind: ClassVar[str] = "embedding_shards"
+    reuses_by_content: ClassVar[bool] = True
     task: ClassVar[str]
+
+    @property
+    def reads_conversations(self) -> bool:
+        """Whether words and all pictures of a row enter its embeddings, or its last picture alone."""
+        raise NotImplementedError
 
     def check(self) -> None:
         super().check()
         self.model.check()
         positive("embed", self.embed, "samples_per_shard", "batch_size")
-        one_of("embed.dtype", self.embed.dtype, "float32", "bfloat16")
+        one_of("embed.dtype", self.embed.dtype, *EMBED_DTYPES)
+        if self.embed.num_workers < 0:
+            raise UserError(f"embed.num_workers is {self.embed.num_workers}; give 0 or more")
+        if not 0 <= self.data.max_bad_fraction < 1:
+            raise UserError(f"data.max_bad_fraction is {self.data.max_bad_fraction}; it must be in [0, 1)")
 
     def inputs(self) -> dict[str, Path]:
-        return {
+        inputs = {
             "embed.autoregressive": Path(self.embed.autoregressive),
-            "model.flux": Path(self.model.flux),
             **message_inputs("data.train", self.data.train),
             **message_inputs("data.heldout", self.data.heldout),
         }
+        return {**inputs, "model.flux": Path(self.model.flux)} if self.embed.latents else inputs
+
+    def read_splits(self) -> list[SplitRows]:
+        """The rows of both splits with what their pictures hold; only new or changed pictures are read for it."""
+        hashes = PictureHashes(self.run_dir / HASHES)
+        splits = [
+            SplitRows.read(split, Path(getattr(self.data, split)), self.task, self.reads_conversations, hashes)
+            for split in ("train", "heldout")
+        ]
+        hashes.save()
+        return splits
+
+    def content_fingerprints(self) -> dict[str, str]:
+        return {f"pictures.{split.split}": split.fingerprint for split in self.read_splits()}
 
     def preflight(self) -> None:
         super().preflight()
         require_checkpoint("embed.autoregressive", self.embed.autoregressive)
         for split in (self.data.train, self.data.heldout):
-            tasks = check_dataset(split)
+            tasks = check_dataset(split, self.data.max_bad_fraction)
             if self.task not in tasks:
                 raise UserError(f"{split} holds no {self.task} rows (it has {tasks}); stage={self.stage} needs some")
 
 
 @dataclass
+class GenerationEmbedConfig(EmbedConfig):
+    """predicted: store the embeddings that the language model predicts, too, for objective.predicted_fraction."""
+
+    predicted: bool
+
+
+@dataclass
 class EmbedGenerationConfig(EmbedStageConfig):
+    embed: GenerationEmbedConfig
+
     task: ClassVar[str] = "generation"
+
+    @property
+    def reads_conversations(self) -> bool:
+        return self.embed.predicted
 
 
 @dataclass
@@ -280,6 +332,10 @@ class EmbedEditingConfig(EmbedStageConfig):
     embed: EmbedEditing
 
     task: ClassVar[str] = "editing"
+
+    @property
+    def reads_conversations(self) -> bool:
+        return True
 
     def check(self) -> None:
         super().check()
@@ -320,6 +376,13 @@ class EditingObjective(DecoderObjective):
 
     reference: bool
     round_positions: bool
+
+
+@dataclass
+class GenerationObjective(DecoderObjective):
+    """predicted_fraction: share of samples whose conditioning is what the language model predicts, as at inference."""
+
+    predicted_fraction: float
 
 
 @dataclass
@@ -402,8 +465,25 @@ class DecoderConfig(StageConfig):
 
 @dataclass
 class GenerationDecoderConfig(DecoderConfig):
+    objective: GenerationObjective
+
     kind: ClassVar[str] = "generation_decoder"
     num_reference_tokens: ClassVar[int] = 0
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.objective.predicted_fraction <= 1:
+            raise UserError(
+                f"objective.predicted_fraction is {self.objective.predicted_fraction}; it is a share from 0 to 1"
+            )
+
+    def preflight(self) -> None:
+        super().preflight()
+        if self.objective.predicted_fraction and not ShardSpec.load(Manifest.load(self.shards)).predicted:
+            raise UserError(
+                f"objective.predicted_fraction is {self.objective.predicted_fraction} and the shards in {self.shards} "
+                "hold true embeddings only; give stage=embed_generation embed.predicted=true first"
+            )
 
 
 @dataclass

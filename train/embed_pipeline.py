@@ -1,0 +1,237 @@
+"""Rows to shards, in three places at once: workers decode pictures, the device embeds them, threads write behind it.
+
+What a shard holds follows from its plan alone: its batches are cut from its own rows in their order, whichever process
+embeds it and whatever came before. Legend: B rows of a batch.
+"""
+
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from data.embedding_plan import UNREADABLE, EarlierSamples, PlannedSample, PlannedShard, hash_picture
+from data.quantize import dequantize, embedding_gap, quantize, storage_error
+from data.shards import Sample, write_shard
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.images import StoredImage
+
+BATCHES_BEHIND = 4  # embedded batches that may wait for their copy to the CPU: they hold device memory
+SHARDS_BEHIND = 1  # embedded shards that may wait for the disk: they hold CPU memory
+EMBEDS = "_embeds"  # tensors of this ending are stored in the configured dtype, others as floats
+
+Prepared = dict[str, Any]  # a row ready for the device: name -> tensor or array
+
+
+class Embedder(Protocol):
+    """What an embedding stage says of its rows.
+
+    uniform: every row's tensors have the same shapes; workers stack them. group: rows of one group share a batch.
+    """
+
+    @property
+    def uniform(self) -> bool: ...
+
+    def prepare(self, sample: PlannedSample) -> Prepared:
+        """Decode and resize, on a worker. UserError or ValueError when the row's pictures do not allow it."""
+        ...
+
+    def group(self, prepared: Prepared) -> int: ...
+
+    def embed(self, prepared: Any) -> dict[str, Tensor]:
+        """(B, ...) per name, on the device, of stacked rows when uniform and else of a list of them.
+
+        `gap.predicted` and `gap.true`, where they are returned, are compared and not stored.
+        """
+        ...
+
+
+@dataclass
+class Work:
+    """A shard in the making. todo: what no earlier start embedded, each address once."""
+
+    shard: PlannedShard
+    todo: list[PlannedSample]
+    done: dict[str, tuple[bytes, dict[str, Any]]] = field(default_factory=dict)  # address -> safetensors, measured
+    reasons: dict[str, str] = field(default_factory=dict)  # address -> why its rows are set aside
+
+    @staticmethod
+    def plan(shard: PlannedShard, earlier: EarlierSamples) -> "Work":
+        """Reads what is to be copied: a damaged sample is embedded again."""
+        distinct = {sample.address: sample for sample in reversed(shard.samples)}
+        todo = [sample for sample in distinct.values() if earlier.read(sample.address) is None]
+        return Work(shard, todo[::-1])
+
+
+class Chunks(Dataset[tuple[Any, dict[int, str]]]):
+    """Rows in pieces of at most one batch: what `prepare` makes of them, and place -> reason of those it cannot."""
+
+    def __init__(self, chunks: Sequence[Sequence[PlannedSample]], embedder: Embedder) -> None:
+        self._chunks, self._embedder = chunks, embedder
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, number: int) -> tuple[Any, dict[int, str]]:
+        if get_worker_info() is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # meant for the rank, which stops its workers itself
+        ready: list[Prepared] = []
+        reasons: dict[int, str] = {}
+        for place, sample in enumerate(self._chunks[number]):
+            try:
+                ready.append(self._embedder.prepare(sample))
+            except (UserError, ValueError) as error:
+                reasons[place] = str(error)
+        if self._embedder.uniform and ready:
+            return {name: torch.stack([row[name] for row in ready]) for name in ready[0]}, reasons
+        # As arrays: tensors of their own would each take a file handle on their way to the rank.
+        return [{name: value.numpy() for name, value in row.items()} for row in ready], reasons
+
+
+def require_unchanged(images: Sequence[StoredImage], sample: PlannedSample) -> None:
+    """UserError when a picture no longer holds what its sample's address says."""
+    for image, planned in zip(images, sample.facts["pictures"], strict=True):
+        if planned != UNREADABLE and hash_picture(image) != planned:
+            raise UserError(f"picture {image} changed while its stage was running; run the stage again")
+
+
+class ShardFiller:
+    """Embeds and writes shards into a directory.
+
+    recipe: recorded in each listing. dtype: storage of embeddings, one of EMBED_DTYPES. max_bad: rows that may be set
+    aside before UserError. embedded, quarantined: counted as they happen.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        embedder: Embedder,
+        earlier: EarlierSamples,
+        recipe: dict[str, Any],
+        *,
+        dtype: str,
+        batch_size: int,
+        num_workers: int,
+        max_bad: float,
+    ) -> None:
+        self._directory, self._embedder, self._earlier, self._recipe = directory, embedder, earlier, recipe
+        self._dtype, self._batch_size, self._num_workers = dtype, batch_size, num_workers
+        self._max_bad = max_bad
+        self.embedded = 0
+        self.quarantined: list[dict[str, Any]] = []
+
+    def fill(self, shards: Sequence[PlannedShard], stopping: Callable[[], bool], report: Callable[[int], None]) -> bool:
+        """Write the shards; False when `stopping` said so before the end. report: rows done since it was last called.
+
+        Raises UserError when more rows than max_bad have to be set aside.
+        """
+        works = [Work.plan(shard, self._earlier) for shard in shards]
+        size = self._batch_size
+        pieces = [
+            (work, work.todo[first : first + size]) for work in works for first in range(0, len(work.todo) or 1, size)
+        ]
+        prepared = DataLoader(
+            Chunks([chunk for _, chunk in pieces], self._embedder), batch_size=None, num_workers=self._num_workers
+        )
+        packing: deque[Future[None]] = deque()
+        writing: deque[Future[Any]] = deque()
+        groups: dict[int, list[tuple[PlannedSample, Prepared]]] = {}
+        with ThreadPoolExecutor(1) as packer, ThreadPoolExecutor(1) as writer:
+
+            def launch(work: Work, samples: Sequence[PlannedSample], rows: Any) -> None:
+                while len(packing) >= BATCHES_BEHIND:
+                    packing.popleft().result()
+                packing.append(packer.submit(self._pack, work, samples, self._embedder.embed(rows)))
+                self.embedded += len(samples)
+
+            def launch_groups(work: Work, at_least: int) -> None:
+                for group in [group for group, rows in groups.items() if len(rows) >= at_least]:
+                    samples, rows = zip(*groups.pop(group), strict=True)
+                    launch(work, samples, rows)
+
+            for number, ((work, chunk), (rows, reasons)) in enumerate(zip(pieces, prepared, strict=True)):
+                if stopping():
+                    return False
+                self._set_aside(work, chunk, reasons)
+                good = [sample for place, sample in enumerate(chunk) if place not in reasons]
+                if good and self._embedder.uniform:
+                    launch(work, good, rows)
+                for sample, row in zip(good, () if self._embedder.uniform else rows, strict=False):
+                    group = self._embedder.group(row)
+                    groups.setdefault(group, []).append((sample, row))
+                    launch_groups(work, self._batch_size)
+                report(len(chunk))
+                if number + 1 == len(pieces) or pieces[number + 1][0] is not work:
+                    launch_groups(work, 1)
+                    while packing:
+                        packing.popleft().result()
+                    while len(writing) > SHARDS_BEHIND:
+                        writing.popleft().result()
+                    writing.append(writer.submit(self._write, work))
+            for future in writing:
+                future.result()
+        return True
+
+    def _set_aside(self, work: Work, chunk: Sequence[PlannedSample], reasons: dict[int, str]) -> None:
+        work.reasons |= {chunk[place].address: reason for place, reason in reasons.items()}
+        bad = [sample for sample in work.shard.samples if sample.address in {chunk[place].address for place in reasons}]
+        self.quarantined += [{"where": s.row.where, "id": s.row.id, "reason": work.reasons[s.address]} for s in bad]
+        if len(self.quarantined) > self._max_bad:
+            raise UserError(
+                f"{len(self.quarantined)} rows could not be embedded, more than the {self._max_bad:.4g} that "
+                f"data.max_bad_fraction allows; the last is {self.quarantined[-1]['where']}: "
+                f"{self.quarantined[-1]['reason']}"
+            )
+
+    @torch.inference_mode()
+    def _pack(self, work: Work, samples: Sequence[PlannedSample], outputs: dict[str, Tensor]) -> None:
+        """Bring a batch to the CPU, and each sample of it into the form that is stored."""
+        tensors = {name: values.to("cpu") for name, values in outputs.items()}
+        for number, sample in enumerate(samples):
+            own = {name: values[number] for name, values in tensors.items()}
+            measured: dict[str, Any] = {"storage": {}}
+            if "gap.true" in own:
+                measured["gap"] = embedding_gap(own.pop("gap.predicted"), own.pop("gap.true"))
+            stored: dict[str, Tensor] = {}
+            for name, value in own.items():
+                if name.endswith(EMBEDS):
+                    packed = quantize(name, value, self._dtype)
+                    measured["storage"][name] = storage_error(value, dequantize(packed)[name])
+                    stored |= packed
+                else:
+                    stored[name] = value.to(torch.float32 if self._dtype == "float32" else torch.bfloat16)
+            finite = all(bool(value.float().isfinite().all()) for value in stored.values())
+            if not finite:
+                work.reasons[sample.address] = "its embeddings are not finite"
+            data = save({name: value.contiguous() for name, value in stored.items()})
+            work.done[sample.address] = (data, measured)
+
+    def _write(self, work: Work) -> None:
+        quarantined = [
+            {"where": s.row.where, "reason": work.reasons[s.address], **s.facts}
+            for s in work.shard.samples
+            if s.address in work.reasons
+        ]
+        path = self._directory / work.shard.file
+        write_shard(path, self._samples(work), self._recipe, quarantined)
+        work.done.clear()
+
+    def _samples(self, work: Work) -> Iterator[Sample]:
+        for sample in work.shard.samples:
+            if sample.address in work.reasons:
+                continue
+            if sample.address in work.done:
+                data, measured = work.done[sample.address]
+            else:
+                copied = self._earlier.read(sample.address)
+                if copied is None:
+                    raise UserError(f"sample {sample.key} was damaged while it was copied; run the stage again")
+                data, measured = copied[0], copied[1]["measured"]
+            yield sample.key, data, {**sample.facts, "measured": measured}
