@@ -169,7 +169,7 @@ def is_new_pair(thing: Thing) -> bool:
 
     One colour for each shape, never its usual one, so every colour and every shape is met in other company.
     """
-    return tuple(COLOURS).index(thing.colour) == SHAPES.index(thing.shape) + 1
+    return tuple(COLOURS).index(thing.colour) == SHAPES.index(thing.shape) + 2
 
 
 def is_new_place(thing: Thing) -> bool:
