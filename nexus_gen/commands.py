@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+def add_model_arguments(parser: argparse.ArgumentParser, paints: bool) -> argparse._ArgumentGroup:
+    """--device, --autoregressive and, for a command that paints, --flux; returns the group, for what else it loads."""
+    models = parser.add_argument_group("models (a run's artifacts unless given one by one)")
+    models.add_argument("--autoregressive", type=Path, help="autoregressive checkpoint directory")
+    if paints:
+        models.add_argument("--flux", type=Path, help="FLUX.1-dev directory")
+    models.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    return models
+
+
 def parser(command: str) -> argparse.ArgumentParser:
     summaries = {
         "understand": "Answer a question about a picture.",
@@ -25,11 +35,9 @@ def parser(command: str) -> argparse.ArgumentParser:
         "edit": "Repaint a picture by an instruction.",
     }
     result = argparse.ArgumentParser(prog=f"nexus-gen {command}", description=summaries[command])
-    models = result.add_argument_group("models (a run's artifacts unless given one by one)")
+    models = add_model_arguments(result, paints=command != "understand")
     runs = os.environ.get("NEXUS_GEN_RUNS", "runs")
     models.add_argument("--run", type=Path, default=Path(runs) / "tiny", help="run directory (default: %(default)s)")
-    models.add_argument("--autoregressive", type=Path, help="autoregressive checkpoint directory")
-    result.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     result.add_argument("--seed", type=int, default=42)
     if command == "understand":
         result.add_argument("--input-image", type=Path, required=True)
@@ -37,7 +45,6 @@ def parser(command: str) -> argparse.ArgumentParser:
         result.add_argument("--max-new-tokens", type=int, default=256)
         return result
     models.add_argument("--decoder", type=Path, help="decoder file (.safetensors or .bin) or artifact directory")
-    models.add_argument("--flux", type=Path, help="FLUX.1-dev directory")
     if command == "generate":
         result.add_argument("--prompt", required=True, help="what to paint")
         result.add_argument("--result-path", type=Path, default=Path("generation.png"))

@@ -3,8 +3,8 @@
 Legend: B pictures, D embedding width.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from nexus_gen.specs.geometry import (
     ProjectorGeometry,
     VaeGeometry,
 )
-from nexus_gen.specs.images import open_image, squash
+from nexus_gen.specs.images import StoredImage, open_image, squash
 from nexus_gen.specs.models import ModelPaths
 from nexus_gen.specs.prompts import (
     EDITING_PROMPT,
@@ -41,7 +41,7 @@ from nexus_gen.specs.prompts import (
 from nexus_gen.text_encoders import encode_pooled, encode_prompt
 from nexus_gen.vae import FluxVae
 
-Picture = Image.Image | str | Path
+Picture = Image.Image | str | StoredImage
 
 
 class NexusGen:
@@ -89,6 +89,11 @@ class NexusGen:
         assert self.paths.flux is not None
         return load_vae(self.paths.flux, VaeGeometry(**self.details["vae"]), self.dtype, self.device).eval()
 
+    @property
+    def sees_source(self) -> bool:
+        """Whether the decoder paints from the source's embeddings too."""
+        return self.paths.decoder_kind == "editing_decoder" and self.details.get("reference", True)
+
     def text_condition(self, prompt: str) -> tuple[Tensor, Tensor]:
         """T5's context (1, L, context width) and CLIP's pooled embedding (1, pooled width) of a prompt."""
         assert self.paths.flux is not None
@@ -105,33 +110,43 @@ class NexusGen:
 
     def answer(self, content: str, images: list[Picture], max_new_tokens: int = 256) -> str:
         """Reply to a user message, whose `<image>` tags the pictures fill, by greedy decoding."""
-        inputs = self._prompt(content, images, reply_prefix="")
-        reply = generate_reply(self.autoregressive, **inputs, max_new_tokens=max_new_tokens).new_tokens[0]
-        return self.processor.tokenizer.decode(reply, skip_special_tokens=True).strip()
+        return self.answer_all([content], [images], max_new_tokens)[0]
+
+    def answer_all(self, contents: list[str], images: list[list[Picture]], max_new_tokens: int = 256) -> list[str]:
+        """Reply to user messages as one batch; `images` holds each message's pictures."""
+        inputs = self._prompts(contents, images, [""] * len(contents))
+        made = generate_reply(self.autoregressive, **inputs, max_new_tokens=max_new_tokens)
+        return [self.processor.tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in made.new_tokens]
 
     def imagine(self, content: str, reply: str, images: list[Picture]) -> Tensor:
         """The 81 embeddings of the picture that answers a user message: (1, 81, D).
 
         reply: the assistant's words up to its `<image>` tag.
         """
-        inputs = self._prompt(content, images, reply.split(IMAGE_TAG)[0], self.paths.consistent_edit_scale)
+        return self.imagine_all([content], [reply], [images])
+
+    def imagine_all(self, contents: list[str], replies: list[str], images: list[list[Picture]]) -> Tensor:
+        """The 81 embeddings for each of B user messages as one batch: (B, 81, D)."""
+        prefixes = [reply.split(IMAGE_TAG)[0] for reply in replies]
+        inputs = self._prompts(contents, images, prefixes, self.paths.consistent_edit_scale)
         made = generate_reply(
             self.autoregressive, **inputs, max_new_tokens=NUM_TARGET_TOKENS + 2, force_image_first=True
         )
-        return made.image_embeds[0][0][None]
+        return torch.stack([embeds[0] for embeds in made.image_embeds])
 
-    def target_embeds(self, image: Picture) -> Tensor:
-        """The 81 vision embeddings of a picture, what `imagine` aims at: (1, 81, D)."""
-        return self._vision_embeds(image, TARGET_GRID)
+    def target_embeds(self, *images: Picture) -> Tensor:
+        """The 81 vision embeddings of each of B pictures, what `imagine` aims at: (B, 81, D)."""
+        return self._vision_embeds(images, TARGET_GRID)
 
-    def source_embeds(self, image: Picture) -> Tensor:
-        """The 324 vision embeddings of a picture to edit: (1, 324, D)."""
-        return self._vision_embeds(image, REFERENCE_GRID)
+    def source_embeds(self, *images: Picture) -> Tensor:
+        """The 324 vision embeddings of each of B pictures to edit: (B, 324, D)."""
+        return self._vision_embeds(images, REFERENCE_GRID)
 
-    def _vision_embeds(self, image: Picture, grid_size: int) -> Tensor:
+    def _vision_embeds(self, images: Sequence[Picture], grid_size: int) -> Tensor:
         side = grid_size * self.processor.image_processor.patch_size
-        pixel_values, grid = patches(self.processor, [squash(as_image(image), side)])
-        return vision_embeddings(self.autoregressive, pixel_values.to(self.device), grid.to(self.device))[None]
+        pixel_values, grid = patches(self.processor, [squash(as_image(image), side) for image in images])
+        embeds_ND = vision_embeddings(self.autoregressive, pixel_values.to(self.device), grid.to(self.device))
+        return embeds_ND.unflatten(0, (len(images), -1))
 
     def generate(self, prompt: str, language: str = "en", **sampling: Any) -> Image.Image:
         """Paint a picture from a prompt; `sampling` as in `paint`."""
@@ -141,8 +156,7 @@ class NexusGen:
     def edit(self, image: Picture, instruction: str, language: str = "en", **sampling: Any) -> Image.Image:
         """Repaint a picture; a generation decoder sees the imagined result only, an editing decoder the source too."""
         target_embeds = self.imagine(EDITING_PROMPT.format(instruction), EDITING_REPLY[language], [image])
-        sees_source = self.paths.decoder_kind == "editing_decoder" and self.details.get("reference", True)
-        reference = self.source_embeds(image) if sees_source else None
+        reference = self.source_embeds(image) if self.sees_source else None
         return self.paint(target_embeds, reference, **sampling)[0]
 
     @torch.inference_mode()
@@ -157,12 +171,13 @@ class NexusGen:
         cfg_scale: float | None = None,
         embedded_guidance: float | None = None,
         negative_prompt: str = "",
-        seed: int = 42,
+        seed: int | Sequence[int] = 42,
     ) -> list[Image.Image]:
         """Pictures from embeddings: (B, 81, D) and, for the editing decoder, (B, 324, D).
 
         None takes the decoder's own size and sampling. The noise depends on the seed and the place in the batch, not on
-        the device. Raises UserError for sizes that the latent grid does not fit.
+        the device; with a seed for each picture, on that seed alone. Raises UserError for sizes that the latent grid
+        does not fit.
         """
         defaults = self.details["sampling"]
         cfg_scale = defaults["cfg_scale"] if cfg_scale is None else cfg_scale
@@ -172,8 +187,11 @@ class NexusGen:
         if width % unit or height % unit:
             raise UserError(f"--width {width} and --height {height} must be multiples of {unit}")
         shape = (vae_geometry.latent_channels, height // vae_geometry.downscale, width // vae_geometry.downscale)
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(target_embeds), *shape, generator=generator).to(self.device, self.dtype)
+        if isinstance(seed, int):
+            noise = torch.randn(len(target_embeds), *shape, generator=torch.Generator().manual_seed(seed))
+        else:
+            noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(one)) for one in seed])
+        noise = noise.to(self.device, self.dtype)
         target_embeds = target_embeds.to(self.device, self.dtype)
         reference = None if source_embeds is None else source_embeds.to(self.device, self.dtype)
 
@@ -198,28 +216,34 @@ class NexusGen:
         )
         return [as_picture(pixels) for pixels in self.vae.decode(latents)]
 
-    def _prompt(self, prompt: str, images: list[Picture], reply_prefix: str, as_target: bool = False) -> dict[str, Any]:
-        """A user turn and the beginning of the reply, as `generate_reply` takes them; pictures in a target's size."""
-        tags = prompt.count(IMAGE_TAG)
-        if tags != len(images):
-            raise UserError(
-                f"the prompt holds {tags} {IMAGE_TAG} tags for {len(images)} pictures; leave the tag out of it"
+    def _prompts(
+        self, prompts: list[str], images: list[list[Picture]], reply_prefixes: list[str], as_target: bool = False
+    ) -> dict[str, Any]:
+        """User turns and the beginnings of their replies, as `generate_reply` takes them; pictures in a target's size."""
+        rows = []
+        for prompt, pictures, reply_prefix in zip(prompts, images, reply_prefixes, strict=True):
+            tags = prompt.count(IMAGE_TAG)
+            if tags != len(pictures):
+                raise UserError(
+                    f"the prompt holds {tags} {IMAGE_TAG} tags for {len(pictures)} pictures; leave the tag out of it"
+                )
+            rows.append(
+                encode(
+                    self.processor,
+                    [{"role": "user", "content": prompt}],
+                    [as_image(picture) for picture in pictures],
+                    self.paths.max_pixels,
+                    reply_prefix,
+                    consistent_edit_scale=as_target,
+                )
             )
-        row = encode(
-            self.processor,
-            [{"role": "user", "content": prompt}],
-            [as_image(image) for image in images],
-            self.paths.max_pixels,
-            reply_prefix,
-            consistent_edit_scale=as_target,
-        )
-        batch = collate([row], self.processor.tokenizer.pad_token_id)
+        batch = collate(rows, self.processor.tokenizer.pad_token_id)
         del batch["labels"]
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 
 def as_image(picture: Picture) -> Image.Image:
-    return picture if isinstance(picture, Image.Image) else open_image(Path(picture))
+    return picture if isinstance(picture, Image.Image) else open_image(picture)
 
 
 def as_picture(pixels: Tensor) -> Image.Image:
