@@ -247,7 +247,7 @@ def parse_record(record: Record, row_format: str = AUTO) -> Row:
     return Row(
         id=str(values.get("id", record.name)),
         source=str(values.get("source", record.file.stem)),
-        images=[_picture(image, number, record) for number, image in enumerate(images, start=1)],
+        images=[stored_image(image, number, record) for number, image in enumerate(images, start=1)],
         messages=[
             {"role": role, "content": next(iter(choice.values()))[0]}
             for role, choice in zip(roles, choices, strict=True)
@@ -269,7 +269,7 @@ def _choices(content: Any) -> Choices | None:
     return choices if well_formed else None
 
 
-def _picture(image: Any, number: int, record: Record) -> StoredImage:
+def stored_image(image: Any, number: int, record: Record) -> StoredImage:
     """A picture of a row: the member of its tar, a path, or the bytes that came with it. number: from 1."""
 
     def refuse(kind: str, problem: str) -> RowError:

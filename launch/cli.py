@@ -21,6 +21,10 @@ COMMANDS = {
     "models inspect": ("nexus_gen.model_commands", "what a checkpoint is, its layout and size, and what it lacks"),
     "models convert": ("nexus_gen.model_commands", "write a checkpoint in another layout"),
     "completion": ("launch.completion", "tab completion for bash: source <(nexus-gen completion)"),
+    "evaluate": ("train.evaluate", "scores of a run's models on rows with ground truth, with a page of the failures"),
+    "evaluate geneval": ("train.benchmarks", "paint prompts into the file layout of GenEval"),
+    "evaluate imgedit": ("train.benchmarks", "edit pictures into the file layout of ImgEdit"),
+    "evaluate choices": ("train.multiple_choice", "accuracy on multiple-choice questions, as MMMU has them"),
     "report": ("train.report", "one HTML page of a run: curves, pictures, answers"),
 }
 # The only variables that the program reads; a misspelt one would silently do nothing.

@@ -219,7 +219,10 @@ class NexusGen:
     def _prompts(
         self, prompts: list[str], images: list[list[Picture]], reply_prefixes: list[str], as_target: bool = False
     ) -> dict[str, Any]:
-        """User turns and the beginnings of their replies, as `generate_reply` takes them; pictures in a target's size."""
+        """User turns and the beginnings of their replies, as `generate_reply` takes them.
+
+        as_target: pictures in a target's size.
+        """
         rows = []
         for prompt, pictures, reply_prefix in zip(prompts, images, reply_prefixes, strict=True):
             tags = prompt.count(IMAGE_TAG)

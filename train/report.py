@@ -112,14 +112,19 @@ def data_url(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def render(run: Path, samples: Any, output: Path) -> None:
-    """Fill the template and write the page in one piece."""
+def template(name: str) -> jinja2.Template:
+    """A page of this package; its filter `data_url` puts a picture into the page itself."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["data_url"] = data_url
+    return environment.get_template(name)
+
+
+def render(run: Path, samples: Any, output: Path) -> None:
+    """Fill the template and write the page in one piece."""
     stages = stage_rows(run)
-    page = environment.get_template("report.html.j2").render(
+    page = template("report.html.j2").render(
         run=run.name,
         stages=stages,
         total=sum(stage.seconds for stage in stages),

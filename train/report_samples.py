@@ -13,8 +13,8 @@ from nexus_gen.ar_checkpoint import load_autoregressive
 from nexus_gen.inference import NexusGen
 from nexus_gen.specs.images import open_image
 from nexus_gen.specs.models import ModelPaths
-from nexus_gen.specs.prompts import GENERATION_PROMPT, IMAGE_TAG
 from train.decoder_stages import build_initial_decoder
+from train.outcomes import prompt_of
 from train.schemas.run_directory import load_config
 from train.schemas.stages import DecoderConfig, PretrainConfig
 
@@ -77,14 +77,6 @@ def first_rows(rows: list[Row], task: str, count: int) -> list[Row]:
     return [row for row in rows if row.task == task and len(row.messages) == 2][:count]
 
 
-def words(row: Row) -> str:
-    """The user's words without image tags and without the template around a prompt."""
-    content = row.messages[0]["content"].replace(IMAGE_TAG, "").strip()
-    for template in GENERATION_PROMPT.values():
-        content = content.removeprefix(template.format(""))
-    return content
-
-
 def draw_samples(run: Path, heldout: Path, num_samples: int, device: str) -> Samples:
     """Paint and answer the first held-out rows of each task; noise is the same before and after."""
     rows = list(read_dataset(heldout))
@@ -95,7 +87,7 @@ def draw_samples(run: Path, heldout: Path, num_samples: int, device: str) -> Sam
         truth = open_image(row.images[0])
         generation.append(
             GenerationSample(
-                prompt=words(row),
+                prompt=prompt_of(row),
                 before=untrained.paint(untrained.imagine(user, reply, []))[0],
                 after=trained.paint(trained.imagine(user, reply, []))[0],
                 reconstruction=trained.paint(trained.target_embeds(truth))[0],
@@ -108,7 +100,7 @@ def draw_samples(run: Path, heldout: Path, num_samples: int, device: str) -> Sam
         images = [open_image(path) for path in row.images]
         understanding.append(
             UnderstandingSample(
-                question=words(row),
+                question=prompt_of(row),
                 image=images[0],
                 before=untrained.answer(user, list(images), MAX_ANSWER_TOKENS),
                 after=trained.answer(user, list(images), MAX_ANSWER_TOKENS),
@@ -124,7 +116,7 @@ def draw_samples(run: Path, heldout: Path, num_samples: int, device: str) -> Sam
         before = untrained_editor.imagine(user, reply, [source])
         editing.append(
             EditingSample(
-                instruction=words(row),
+                instruction=prompt_of(row),
                 source=source,
                 before=untrained_editor.paint(before, untrained_editor.source_embeds(source))[0],
                 editing_decoder=editor.paint(embeds, reference)[0],

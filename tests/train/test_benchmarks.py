@@ -1,0 +1,63 @@
+"""What benchmarks' files say, and the layout that their scripts read. Painting is tested in tests/test_evaluate.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data.shapes import DEFAULTS, draw_rows
+from nexus_gen.specs.errors import UserError
+from train.benchmarks import read_edits, read_prompts
+from train.scoring import TAGS
+
+
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("shapes")
+    config = {**vars(DEFAULTS), "num_train": 1, "num_heldout": 40, "num_compositional": 0, "image_size": 32}
+    draw_rows(directory, type(DEFAULTS)(**config), seed=0, num_workers=1)
+    return directory / "heldout.jsonl"
+
+
+def test_prompts_of_all_kinds_of_files(heldout: Path, tmp_path: Path) -> None:
+    metadata = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "a photo of two cats"}
+    (tmp_path / "evaluation_metadata.jsonl").write_text(json.dumps(metadata) + "\n\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "evaluation_metadata.jsonl") == [metadata]
+    (tmp_path / "prompts.txt").write_text("a cat\n\n一只狗\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "prompts.txt") == [{"prompt": "a cat"}, {"prompt": "一只狗"}]
+    prompts = read_prompts(heldout)
+    assert prompts and {prompt["tag"] for prompt in prompts} <= set(TAGS.values())
+    assert all(prompt["include"] and "Generate" not in prompt["prompt"] for prompt in prompts)
+
+
+def test_edits_of_imgedit_and_of_rows(heldout: Path, tmp_path: Path) -> None:
+    (tmp_path / "animal").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "animal" / "1.jpg")
+    edits = {"1082": {"id": "animal/1.jpg", "prompt": "Make it blue.", "edit_type": "alter"}}
+    (tmp_path / "basic_edit.json").write_text(json.dumps(edits), encoding="utf-8")
+    (edit,) = read_edits(tmp_path / "basic_edit.json", tmp_path)
+    assert (edit.key, edit.image, edit.prompt, edit.edit_type) == (
+        "1082",
+        tmp_path / "animal" / "1.jpg",
+        "Make it blue.",
+        "alter",
+    )
+    ours = read_edits(heldout, heldout.parent)
+    assert ours and all(edit.image.is_file() and edit.key.startswith("heldout-") for edit in ours)
+    assert {edit.edit_type for edit in ours} <= {"add", "remove", "alter", "action", "replace", "background"}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"1": {"id": "a.jpg", "prompt": "x", "edit_type": "add"}}', "a.jpg of 1 does not exist; give --images"),
+        ('{"1": {"prompt": "x"}}', "is not key -> id, prompt, edit_type"),
+        ("[1]", "is not key -> id, prompt, edit_type"),
+        ('{"../1": {"id": "edits.json", "prompt": "x", "edit_type": "add"}}', "the key '../1' is no file name"),
+    ],
+)
+def test_broken_edits_are_named(text: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "edits.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=sentence):
+        read_edits(tmp_path / "edits.json", tmp_path)

@@ -1,0 +1,248 @@
+"""Pictures in the file layouts that the scripts of published benchmarks read.
+
+nexus-gen evaluate geneval runs/full --prompts evaluation_metadata.jsonl --output geneval
+nexus-gen evaluate imgedit runs/full --edits basic_edit.json --images originals --output imgedit
+
+Either takes rows of our own dataset instead of the benchmark's file. Pictures that are there already are kept, so an
+interrupted command goes on. Sources: the repositories djghosh13/geneval and PKU-YuanGroup/ImgEdit.
+"""
+
+import argparse
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from data.messages import read_rows
+from data.records import read_records
+from nexus_gen.commands import add_model_arguments, save_atomic
+from nexus_gen.specs.artifact import write_text_atomic
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.models import DECODER_KINDS, ModelPaths
+from nexus_gen.specs.prompts import (
+    EDITING_PROMPT,
+    EDITING_REPLY,
+    GENERATION_PROMPT,
+    GENERATION_REPLY,
+    language_of,
+)
+from train.outcomes import prompt_of
+from train.scoring import Metadata, geneval_metadata
+
+if TYPE_CHECKING:
+    from nexus_gen.inference import NexusGen
+
+# operation of an edit of ours -> ImgEdit's type
+EDIT_TYPES = {
+    "add": "add",
+    "remove": "remove",
+    "recolour": "alter",
+    "move": "action",
+    "replace": "replace",
+    "background": "background",
+}
+Item = TypeVar("Item")
+
+
+def parser(command: str) -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog=f"nexus-gen evaluate {command}",
+        description={
+            "geneval": "Paint prompts into OUTPUT/00000/samples/0000.png with OUTPUT/00000/metadata.jsonl beside it.",
+            "imgedit": "Edit pictures into OUTPUT/KEY.png.",
+        }[command],
+    )
+    result.add_argument("run", type=Path, help="run directory, such as runs/tiny")
+    if command == "geneval":
+        result.add_argument(
+            "--prompts",
+            type=Path,
+            required=True,
+            help="GenEval's metadata (JSONL), a text file with a prompt on each line, or rows of our own dataset",
+        )
+        result.add_argument("--num-samples", type=int, default=4, help="pictures of a prompt (default: %(default)s)")
+    else:
+        result.add_argument(
+            "--edits",
+            type=Path,
+            required=True,
+            help="ImgEdit's JSON (key to id, prompt, edit_type), or rows of ours",
+        )
+        result.add_argument("--images", type=Path, help="where the ids of edits begin (default: beside --edits)")
+        result.add_argument("--editor", default=DECODER_KINDS[1], choices=DECODER_KINDS, help="default: %(default)s")
+    result.add_argument("--output", type=Path, required=True, help="directory to write")
+    result.add_argument("--num", type=int, help="the first ones only")
+    result.add_argument("--batch-size", type=int, default=16, help="pictures at a time (default: %(default)s)")
+    result.add_argument("--seed", type=int, default=42)
+    result.add_argument("--num-inference-steps", type=int, help="Euler steps (default: the decoder's)")
+    result.add_argument("--cfg-scale", type=float, help="classifier-free guidance (default: the decoder's)")
+    models = add_model_arguments(result, paints=True)
+    models.add_argument("--decoder", type=Path, help="decoder file or artifact directory")
+    return result
+
+
+def read_prompts(path: Path) -> list[Metadata]:
+    """GenEval's metadata for each prompt: as it stands, or with the prompt alone where nothing more is known."""
+    if path.suffix == ".txt":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [{"prompt": line.strip()} for line in lines if line.strip()]
+    prompts: list[Metadata] = []
+    for record in read_records(path):
+        if record.values is not None and "messages" in record.values:
+            rows = [(row.truth, prompt_of(row)) for row in read_rows(path) if row.task == "generation"]
+            return [geneval_metadata(truth, prompt) if truth else {"prompt": prompt} for truth, prompt in rows]
+        if record.values is None or not isinstance(record.values.get("prompt"), str):
+            raise UserError(f"{record.where}: no prompt; each line is an object with a prompt, as GenEval's metadata")
+        prompts.append(record.values)
+    return prompts
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit of ImgEdit's file. image: the source. prompt: the instruction."""
+
+    key: str
+    image: Path
+    prompt: str
+    edit_type: str
+
+
+def read_edits(path: Path, images: Path) -> list[Edit]:
+    """The edits of ImgEdit's file, or of rows of ours; UserError for what is neither, or lacks a picture."""
+    if path.suffix == ".jsonl":
+        edits = [
+            Edit(row.id, Path(str(row.images[0])), prompt_of(row), EDIT_TYPES[row.truth["category"]])
+            for row in read_rows(path)
+            if row.task == "editing" and row.truth
+        ]
+    else:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            edits = [Edit(key, images / edit["id"], edit["prompt"], edit["edit_type"]) for key, edit in values.items()]
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); give ImgEdit's JSON file or rows") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not key -> id, prompt, edit_type ({error!r}); give ImgEdit's file") from error
+    for edit in edits:
+        if not edit.image.is_file():
+            raise UserError(f"{path}: {edit.image} of {edit.key} does not exist; give --images, where its ids begin")
+        if Path(edit.key).name != edit.key:
+            raise UserError(f"{path}: the key {edit.key!r} is no file name; give every edit a plain one")
+    return edits
+
+
+def batches(items: list[Item], size: int, name: str) -> Iterator[list[Item]]:
+    """The items in pieces, under a progress bar."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(items), desc=name, disable=None) as bar:
+        for first in range(0, len(items), size):
+            yield items[first : first + size]
+            bar.update(len(items[first : first + size]))
+
+
+def noise_seed(seed: int, key: str) -> int:
+    """Its own noise for every picture, whatever else is in its batch."""
+    return zlib.crc32(f"{seed} {key}".encode())
+
+
+def prepare_prompts(arguments: argparse.Namespace) -> "Callable[[NexusGen], int]":
+    """Write all that is known without a model; what is returned paints, and returns how many pictures it painted."""
+    output, todo = arguments.output, []
+    prompts = read_prompts(arguments.prompts)[: arguments.num]
+    if not prompts:
+        raise UserError(f"{arguments.prompts} holds no prompts; give GenEval's metadata, lines of text, or rows")
+    for index, metadata in enumerate(prompts):
+        folder, text = output / f"{index:05d}", json.dumps(metadata, ensure_ascii=False) + "\n"
+        known = folder / "metadata.jsonl"
+        if known.is_file() and known.read_text(encoding="utf-8") != text:
+            raise UserError(f"{known} is of another prompt; give --output with an empty or a new directory")
+        write_text_atomic(known, text)
+        samples = [folder / "samples" / f"{number:04d}.png" for number in range(arguments.num_samples)]
+        todo += [(metadata["prompt"], path) for path in samples if not path.is_file()]
+    return lambda model: paint_prompts(model, todo, arguments)
+
+
+def paint_prompts(model: "NexusGen", todo: list[tuple[str, Path]], arguments: argparse.Namespace) -> int:
+    """Paint (prompt, path) pairs."""
+    for batch in batches(todo, arguments.batch_size, "geneval"):
+        asked = list(dict.fromkeys(prompt for prompt, _ in batch))  # the samples of a prompt share its embeddings
+        languages = [language_of(prompt) for prompt in asked]
+        embeds = model.imagine_all(
+            [GENERATION_PROMPT[language].format(prompt) for language, prompt in zip(languages, asked, strict=True)],
+            [GENERATION_REPLY[language] for language in languages],
+            [[] for _ in asked],
+        )
+        rows = [asked.index(prompt) for prompt, _ in batch]
+        paint(model, [path for _, path in batch], arguments, embeds[rows])
+    return len(todo)
+
+
+def prepare_edits(arguments: argparse.Namespace) -> "Callable[[NexusGen], int]":
+    """As `prepare_prompts`. Edits of rows leave `edits.json`, which ImgEdit's scripts read, beside their pictures."""
+    images = arguments.images or arguments.edits.parent
+    edits = read_edits(arguments.edits, images)[: arguments.num]
+    if not edits:
+        raise UserError(f"{arguments.edits} holds no edits; give ImgEdit's JSON file or rows")
+    if arguments.edits.suffix == ".jsonl":
+        table = {
+            edit.key: {"id": os.path.relpath(edit.image, images), "prompt": edit.prompt, "edit_type": edit.edit_type}
+            for edit in edits
+        }
+        write_text_atomic(arguments.output / "edits.json", json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    pairs = [(edit, arguments.output / f"{edit.key}.png") for edit in edits]
+    todo = [(edit, path) for edit, path in pairs if not path.is_file()]
+    return lambda model: paint_edits(model, todo, arguments)
+
+
+def paint_edits(model: "NexusGen", todo: list[tuple[Edit, Path]], arguments: argparse.Namespace) -> int:
+    """Paint (edit, path) pairs."""
+    for batch in batches(todo, arguments.batch_size, "imgedit"):
+        sources = [edit.image for edit, _ in batch]
+        embeds = [
+            model.imagine_all(
+                [EDITING_PROMPT.format(edit.prompt) for edit, _ in batch],
+                [EDITING_REPLY[language_of(edit.prompt)] for edit, _ in batch],
+                [[source] for source in sources],
+            )
+        ]
+        if model.sees_source:
+            embeds.append(model.source_embeds(*sources))
+        paint(model, [path for _, path in batch], arguments, *embeds)
+    return len(todo)
+
+
+def paint(model: "NexusGen", paths: list[Path], arguments: argparse.Namespace, *embeds: Any) -> None:
+    pictures = model.paint(
+        *embeds,
+        num_inference_steps=arguments.num_inference_steps,
+        cfg_scale=arguments.cfg_scale,
+        seed=[noise_seed(arguments.seed, str(path.relative_to(arguments.output))) for path in paths],
+    )
+    for picture, path in zip(pictures, paths, strict=True):
+        save_atomic(picture, path)
+
+
+def main(argv: list[str]) -> int:
+    command = argv[0]
+    arguments = parser(command).parse_args(argv[1:])
+    for name in ("num", "num_samples", "batch_size", "num_inference_steps"):
+        value = getattr(arguments, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+    fill = prepare_prompts(arguments) if command == "geneval" else prepare_edits(arguments)
+    paths = ModelPaths.find(
+        arguments.run,
+        decoder=DECODER_KINDS[0] if command == "geneval" else arguments.editor,
+        autoregressive=arguments.autoregressive,
+        decoder_path=arguments.decoder,
+        flux=arguments.flux,
+    )
+    from nexus_gen.inference import NexusGen  # loads torch: only once the arguments hold
+
+    num_painted = fill(NexusGen(paths, arguments.device))
+    print(f"{arguments.output}: {num_painted} pictures painted")
+    return 0

@@ -1,0 +1,288 @@
+"""`nexus-gen evaluate RUN`: scores of a run's models on rows with ground truth, as an artifact and a page.
+
+nexus-gen evaluate runs/tiny --split compositional --num 100
+
+Docs: docs/evaluation.md says what is measured and what counts as right.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.messages import Row, read_rows
+from nexus_gen.commands import add_model_arguments
+from nexus_gen.specs.artifact import Manifest, building, seal, write_text_atomic
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.models import DECODER_KINDS, ModelPaths
+from train.benchmarks import batches, noise_seed
+from train.evaluation_page import render, table
+from train.outcomes import Outcome, judge_answer, judge_editing, judge_generation, judge_reconstruction, scores_of
+from train.schemas.fields import fingerprint_path
+from train.schemas.run_directory import code_version, load_config
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from nexus_gen.inference import NexusGen
+
+GENERATION_DECODER, EDITING_DECODER = DECODER_KINDS
+log = logging.getLogger(__name__)
+
+SPLITS = ("heldout", "compositional")
+TASKS = ("understanding", "generation", "editing", "reconstruction")
+MAX_ANSWER_TOKENS = 24
+OUTCOMES, IDENTITY = "outcomes.jsonl", "identity.json"
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="nexus-gen evaluate",
+        description="Score a run's models on rows with ground truth. Interrupted, the same command goes on.",
+    )
+    result.add_argument("run", type=Path, help="run directory, such as runs/tiny")
+    result.add_argument(
+        "--split", default="heldout", choices=SPLITS, help="of the run's dataset (default: %(default)s)"
+    )
+    result.add_argument("--rows", type=Path, help="a JSONL file of rows with ground truth instead of a split")
+    result.add_argument("--num", type=int, help="the first rows of each task (default: all)")
+    result.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="default: all")
+    result.add_argument("--output", type=Path, help="directory to write (default: RUN/evaluation/SPLIT)")
+    result.add_argument("--batch-size", type=int, default=16, help="rows at a time (default: %(default)s)")
+    result.add_argument("--seed", type=int, default=42, help="of the noise, with the row's id (default: %(default)s)")
+    result.add_argument(
+        "--editor", default=EDITING_DECODER, choices=DECODER_KINDS, help="what paints edits (default: %(default)s)"
+    )
+    result.add_argument("--num-inference-steps", type=int, help="Euler steps (default: the decoders' own)")
+    result.add_argument("--cfg-scale", type=float, help="classifier-free guidance (default: the decoders' own)")
+    result.add_argument(
+        "--num-shown", type=int, default=24, help="failures on the page, of each task (default: %(default)s)"
+    )
+    models = add_model_arguments(result, paints=True)
+    models.add_argument("--generation-decoder", type=Path, help="decoder file or artifact directory")
+    models.add_argument("--editing-decoder", type=Path, help="decoder file or artifact directory")
+    return result
+
+
+def rows_file(arguments: argparse.Namespace) -> Path:
+    """The rows to evaluate on: a file that is given, or a split beside the run's held-out rows."""
+    if arguments.rows is not None:
+        return arguments.rows
+    if not (arguments.run / "pretrain" / "config.yaml").is_file():
+        raise UserError(f"{arguments.run} has not begun stage=pretrain; finish it, or give --rows")
+    heldout = load_config(arguments.run / "pretrain").inputs()["data.heldout"]
+    path = heldout if arguments.split == "heldout" else heldout.with_name(f"{arguments.split}.jsonl")
+    if not path.is_file():
+        raise UserError(
+            f"{path}, the {arguments.split} rows of {arguments.run}, does not exist; draw it, or give --rows"
+        )
+    return path
+
+
+def read_tasks(path: Path, num: int | None) -> dict[str, list[Row]]:
+    """The first `num` rows of each task that has ground truth; UserError when there are none."""
+    tasks: dict[str, list[Row]] = {}
+    left_out, ids = 0, set()
+    for row in read_rows(path):
+        if row.truth is None or not {"category", "language", "scenes"} <= row.truth.keys():
+            raise UserError(f"{row.where}: no ground truth; nexus-gen data shapes draws rows with it")
+        if row.id in ids:
+            raise UserError(f"{row.where}: the id {row.id} is there twice; give every row its own")
+        ids.add(row.id)
+        if len(row.messages) != 2:
+            left_out += 1
+            continue
+        rows = tasks.setdefault(row.task, [])
+        if num is None or len(rows) < num:
+            rows.append(row)
+    if left_out:
+        log.warning("%s: %d rows of more than one exchange are left out", path, left_out)
+    if not tasks:
+        raise UserError(f"{path} holds no rows of one exchange; nexus-gen data shapes draws them")
+    return tasks
+
+
+class Models:
+    """The models of an evaluation. Paths are looked up at once, weights loaded when a phase needs them."""
+
+    def __init__(self, arguments: argparse.Namespace, decoders: list[str]) -> None:
+        """decoders: those that are wanted; without any, models that paint nothing."""
+        self.device = arguments.device
+        self.paths: dict[str | None, ModelPaths] = {
+            kind: ModelPaths.find(
+                arguments.run,
+                decoder=kind,
+                autoregressive=arguments.autoregressive,
+                decoder_path=None if kind is None else getattr(arguments, kind),
+                flux=arguments.flux,
+            )
+            for kind in (*decoders,) or (None,)
+        }
+        self._loaded: NexusGen | None = None
+
+    def inputs(self) -> dict[str, str]:
+        """Role -> fingerprint of everything that is loaded."""
+        found: dict[str, Path] = {}
+        for kind, paths in self.paths.items():
+            found["autoregressive"] = paths.autoregressive
+            if kind is not None and paths.decoder is not None and paths.flux is not None:
+                found |= {kind: paths.decoder, "flux": paths.flux}
+        return {role: fingerprint_path(path) for role, path in sorted(found.items())}
+
+    def get(self, kind: str | None) -> "NexusGen":
+        """The model with a decoder of that kind, or with any; one decoder is in memory at a time."""
+        from nexus_gen.inference import NexusGen  # loads torch: only once the arguments hold
+
+        paths = self.paths[kind] if kind is not None else next(iter(self.paths.values()))
+        if self._loaded is None or (kind is not None and self._loaded.paths != paths):
+            before, self._loaded = self._loaded, NexusGen(paths, self.device)
+            if before is not None:
+                self._loaded.autoregressive = before.autoregressive
+        return self._loaded
+
+
+class Outcomes:
+    """`outcomes.jsonl` and the pictures beside it, written as they are made, so that an interrupted command goes on."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        path = directory / OUTCOMES
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        whole = text[: text.rfind("\n") + 1]  # a line that was cut short is made again
+        self.outcomes: list[Outcome] = [json.loads(line) for line in whole.splitlines()]
+        path.write_text(whole, encoding="utf-8")
+
+    def missing(self, phase: str, rows: list[Row]) -> list[Row]:
+        done = {outcome["id"] for outcome in self.outcomes if outcome["phase"] == phase}
+        return [row for row in rows if row.id not in done]
+
+    def add(self, outcome: Outcome, picture: "Image | None") -> None:
+        if picture is not None:
+            outcome["picture"] = f"pictures/{outcome['phase']}/{len(self.outcomes):06d}.png"
+            (self.directory / outcome["picture"]).parent.mkdir(parents=True, exist_ok=True)
+            picture.save(self.directory / outcome["picture"])
+        self.outcomes.append(outcome)
+        with open(self.directory / OUTCOMES, "a", encoding="utf-8") as file:
+            file.write(json.dumps(outcome, ensure_ascii=False) + "\n")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One thing asked of the models: for which rows, with which decoder, and what answers a batch of rows."""
+
+    name: str
+    rows: list[Row]
+    decoder: str | None
+    answer: "Callable[[NexusGen, list[Row]], list[tuple[Outcome, Image | None]]]"
+
+
+def phases(tasks: dict[str, list[Row]], arguments: argparse.Namespace) -> list[Phase]:
+    """What the arguments ask for, in an order that loads each decoder once."""
+
+    def paint(model: "NexusGen", rows: list[Row], *embeds: "Tensor") -> "list[Image]":
+        return model.paint(
+            *embeds,
+            num_inference_steps=arguments.num_inference_steps,
+            cfg_scale=arguments.cfg_scale,
+            seed=[noise_seed(arguments.seed, row.id) for row in rows],
+        )
+
+    def imagine(model: "NexusGen", rows: list[Row]) -> "Tensor":
+        users, replies = ([row.messages[turn]["content"] for row in rows] for turn in (0, 1))
+        return model.imagine_all(users, replies, [list(row.images[:-1]) for row in rows])
+
+    def understand(model: "NexusGen", rows: list[Row]) -> "list[tuple[Outcome, Image | None]]":
+        users = [row.messages[0]["content"] for row in rows]
+        answers = model.answer_all(users, [list(row.images) for row in rows], MAX_ANSWER_TOKENS)
+        return [(judge_answer(row, answer), None) for row, answer in zip(rows, answers, strict=True)]
+
+    def generate(model: "NexusGen", rows: list[Row]) -> "list[tuple[Outcome, Image | None]]":
+        pictures = paint(model, rows, imagine(model, rows))
+        return [(judge_generation(row, picture), picture) for row, picture in zip(rows, pictures, strict=True)]
+
+    def edit(model: "NexusGen", rows: list[Row]) -> "list[tuple[Outcome, Image | None]]":
+        embeds = [imagine(model, rows)]
+        if model.sees_source:
+            embeds.append(model.source_embeds(*(row.images[0] for row in rows)))
+        pictures = paint(model, rows, *embeds)
+        return [(judge_editing(row, picture), picture) for row, picture in zip(rows, pictures, strict=True)]
+
+    def reconstruct(model: "NexusGen", rows: list[Row]) -> "list[tuple[Outcome, Image | None]]":
+        kind = model.paths.decoder_kind
+        assert kind is not None
+        embeds = [model.target_embeds(*(row.images[-1] for row in rows))]
+        if model.sees_source:
+            embeds.append(model.source_embeds(*(row.images[0] for row in rows)))
+        pictures = paint(model, rows, *embeds)
+        return [
+            (judge_reconstruction(row, picture, kind), picture) for row, picture in zip(rows, pictures, strict=True)
+        ]
+
+    generation, editing = tasks.get("generation", []), tasks.get("editing", [])
+    asked = {
+        "understanding": [Phase("understanding", tasks.get("understanding", []), None, understand)],
+        "generation": [Phase("generation", generation, GENERATION_DECODER, generate)],
+        "editing": [Phase("editing", editing, arguments.editor, edit)],
+        "reconstruction": [
+            Phase(f"reconstruction/{kind}", rows, kind, reconstruct)
+            for kind, rows in ((GENERATION_DECODER, generation), (EDITING_DECODER, editing))
+        ],
+    }
+    wanted = [phase for task in arguments.tasks for phase in asked[task] if phase.rows]
+    decoders = (None, GENERATION_DECODER, EDITING_DECODER)
+    return sorted(wanted, key=lambda phase: decoders.index(phase.decoder))
+
+
+def run_phases(models: Models, wanted: list[Phase], outcomes: Outcomes, batch_size: int) -> None:
+    """Put the rows that have no outcome yet to the models."""
+    for phase in wanted:
+        rows = outcomes.missing(phase.name, phase.rows)
+        for batch in batches(rows, batch_size, phase.name):
+            for outcome, picture in phase.answer(models.get(phase.decoder), batch):
+                outcomes.add(outcome, picture)
+
+
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv[1:])
+    for name in ("num", "batch_size", "num_inference_steps"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+    rows = rows_file(arguments)
+    tasks = read_tasks(rows, arguments.num)
+    wanted = phases(tasks, arguments)
+    if not wanted:
+        raise UserError(f"{rows} holds no rows of {', '.join(arguments.tasks)}; give other --tasks or --rows")
+    models = Models(arguments, sorted({phase.decoder for phase in wanted if phase.decoder}))
+    settings = {
+        name: getattr(arguments, name)
+        for name in ("split", "num", "tasks", "seed", "editor", "num_inference_steps", "cfg_scale")
+    }
+    inputs = {"rows": fingerprint_path(rows), **models.inputs()}
+    output = arguments.output or arguments.run / "evaluation" / arguments.split
+    if output.is_dir() and not (output / IDENTITY).is_file() and any(output.iterdir()):
+        raise UserError(f"{output} holds something else; give --output with an empty or a new directory")
+    identity = json.dumps({"config": settings, "inputs": inputs}, indent=1) + "\n"
+    begun = output.with_name(output.name + ".partial") / IDENTITY
+    goes_on = begun.is_file() and begun.read_text(encoding="utf-8") == identity
+    with building(output, keep_partial=goes_on) as directory:
+        write_text_atomic(directory / IDENTITY, identity)
+        outcomes = Outcomes(directory)
+        run_phases(models, wanted, outcomes, arguments.batch_size)
+        scores = {name: dataclasses.asdict(score) for name, score in scores_of(outcomes.outcomes).items()}
+        write_text_atomic(directory / "scores.json", json.dumps(scores, indent=1) + "\n")
+        title = f"{arguments.run.name}, {rows.stem}"
+        by_id = {row.id: row for kind in tasks.values() for row in kind}
+        write_text_atomic(
+            directory / "index.html",
+            render(title, scores, outcomes.outcomes, by_id, directory, arguments.num_shown),
+        )
+        seal(directory, Manifest("evaluation", "evaluate", settings, inputs, code_version(), {"scores": scores}))
+    print(table(scores))
+    print(f"page: {(output / 'index.html').absolute()}")
+    return 0

@@ -1,0 +1,183 @@
+"""`nexus-gen evaluate choices`: accuracy on multiple-choice questions about pictures from a local file.
+
+nexus-gen evaluate choices runs/full --questions validation.parquet --output mmmu.json
+
+A question is one row of JSON lines, a JSON array or Parquet: `question`, `options` (a list, or its text as MMMU has
+it), `answer` (a letter), pictures as `images` or `image_1` to `image_7`, and optionally `id` and `subject`. `<image 1>`
+in a question or an option is where a picture goes; pictures that are named nowhere come first.
+Source of the format: Yue et al. 2024 (MMMU).
+"""
+
+import argparse
+import ast
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from data.messages import stored_image
+from data.records import Record, read_records
+from nexus_gen.commands import add_model_arguments
+from nexus_gen.specs.artifact import write_text_atomic
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.images import StoredImage
+from nexus_gen.specs.models import ModelPaths
+from nexus_gen.specs.prompts import IMAGE_TAG
+from train.benchmarks import batches
+from train.evaluation_page import table
+from train.measures import Score, mean_of, proportion
+from train.schemas.fields import fingerprint_path
+
+PLACE = re.compile(r"<image (\d+)>")
+REQUEST = "Answer with the letter of the right option only."
+
+
+@dataclass(frozen=True)
+class Question:
+    """content: the user message. images: in tag order. options: by letter. answer: the right letter."""
+
+    id: str
+    subject: str
+    content: str
+    images: list[StoredImage]
+    options: dict[str, str]
+    answer: str
+
+
+def read_question(record: Record) -> Question | None:
+    """A row as a question; None for one without options (MMMU's open questions). UserError for a broken one."""
+    values = record.values
+    if values is None:
+        raise UserError(f"{record.where}: {record.problem}")
+
+    def refuse(problem: str) -> UserError:
+        return UserError(f"{record.where}: {problem}")
+
+    options = values.get("options")
+    if isinstance(options, str):
+        try:
+            options = ast.literal_eval(options)
+        except (SyntaxError, ValueError) as error:
+            raise refuse("options is a text that is no list; give a list of texts") from error
+    if values.get("question_type", "multiple-choice") != "multiple-choice" or options == []:
+        return None
+    if not isinstance(options, list) or not 2 <= len(options) <= len(ascii_uppercase):
+        raise refuse(f"options must be a list of 2 to {len(ascii_uppercase)} texts")
+    lettered = dict(zip(ascii_uppercase, map(str, options), strict=False))
+    answer = values.get("answer")
+    if answer not in lettered:
+        raise refuse(f"answer is {answer!r}; it must be one of {', '.join(lettered)}")
+    if not isinstance(values.get("question"), str):
+        raise refuse("no question; give its text")
+    given = values.get("images") or [values[key] for number in range(1, 8) if (key := f"image_{number}") in values]
+    pictures = [stored_image(image, number, record) for number, image in enumerate(given, start=1)]
+    lines = [values["question"], *(f"{letter}. {option}" for letter, option in lettered.items()), REQUEST]
+    text = "\n".join(lines)
+    places = [int(number) for number in PLACE.findall(text)]
+    if any(not 1 <= place <= len(pictures) for place in places):
+        raise refuse(f"<image {max(places)}> stands in it, but it has {len(pictures)} pictures")
+    first = [number for number in range(1, len(pictures) + 1) if number not in places]
+    identity = str(values.get("id", record.name))
+    parts = identity.split("_")  # MMMU: validation_Art_Theory_1
+    return Question(
+        id=identity,
+        subject=str(values.get("subject") or "_".join(parts[1:-1]) or "all"),
+        content=IMAGE_TAG * len(first) + ("\n" if first else "") + PLACE.sub(IMAGE_TAG, text),
+        images=[pictures[number - 1] for number in (*first, *places)],
+        options=lettered,
+        answer=answer,
+    )
+
+
+def parse_letter(reply: str, options: dict[str, str]) -> str | None:
+    """The letter that a reply chooses: it begins with it, names it after "answer", or is an option's text."""
+    letters = "".join(options)
+    reply = reply.strip()
+    for pattern in (
+        rf"^\(?([{letters}])(?:[).:,]|\s*$)",
+        rf"^(?![AI]\s)([{letters}])\s",  # "A" and "I" begin sentences
+        rf"\banswer(?:\s+is)?\s*:?\s*\(?([{letters}])\)?(?![\w'])",
+        rf"\(([{letters}])\)",
+    ):
+        if found := re.search(pattern, reply):
+            return found.group(1)
+    said = reply.rstrip(".").casefold()
+    return next((letter for letter, option in options.items() if option.rstrip(".").casefold() == said), None)
+
+
+def scores_of(outcomes: list[dict[str, Any]]) -> dict[str, Score]:
+    """Accuracy over all questions, its mean over the subjects, each subject's, and the share that named a letter."""
+    subjects = sorted({outcome["subject"] for outcome in outcomes})
+    by_subject = {
+        subject: proportion([outcome["right"] for outcome in outcomes if outcome["subject"] == subject])
+        for subject in subjects
+    }
+    return {
+        "accuracy": proportion([outcome["right"] for outcome in outcomes]),
+        "mean_over_subjects": mean_of(list(by_subject.values())),
+        "named_a_letter": proportion([outcome["letter"] is not None for outcome in outcomes]),
+        **{f"subject/{subject}": score for subject, score in by_subject.items()},
+    }
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="nexus-gen evaluate choices", description="Accuracy on multiple-choice questions by greedy answers."
+    )
+    parser.add_argument("run", type=Path, help="run directory, such as runs/tiny")
+    parser.add_argument("--questions", type=Path, required=True, help="JSON lines, a JSON array or Parquet")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file of scores and answers to write")
+    parser.add_argument("--num", type=int, help="the first ones only")
+    parser.add_argument("--batch-size", type=int, default=16, help="questions at a time (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer (default: %(default)s)")
+    add_model_arguments(parser, paints=False)
+    arguments = parser.parse_args(argv[1:])
+    for name in ("num", "batch_size", "max_new_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+    read = [read_question(record) for record in read_records(arguments.questions)]
+    questions = [question for question in read if question is not None]
+    if not questions:
+        raise UserError(f"{arguments.questions} holds no multiple-choice questions; give rows with options")
+    paths = ModelPaths.find(arguments.run, decoder=None, autoregressive=arguments.autoregressive)
+    from nexus_gen.inference import NexusGen  # loads torch: only once the arguments hold
+
+    model, outcomes = NexusGen(paths, arguments.device), []
+    for batch in batches(questions[: arguments.num], arguments.batch_size, "choices"):
+        replies = model.answer_all(
+            [question.content for question in batch],
+            [list(question.images) for question in batch],
+            arguments.max_new_tokens,
+        )
+        for question, reply in zip(batch, replies, strict=True):
+            letter = parse_letter(reply, question.options)
+            outcomes.append(
+                {
+                    "id": question.id,
+                    "subject": question.subject,
+                    "right": letter == question.answer,
+                    "letter": letter,
+                    "answer": question.answer,
+                    "reply": reply,
+                }
+            )
+    scores = {name: dataclasses.asdict(score) for name, score in scores_of(outcomes).items()}
+    report = {
+        "scores": scores,
+        "inputs": {
+            "autoregressive": fingerprint_path(paths.autoregressive),
+            "questions": fingerprint_path(arguments.questions),
+        },
+        "not_multiple_choice": len(read) - len(questions),
+        "answers": outcomes,
+    }
+    write_text_atomic(arguments.output, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    print(table(scores))
+    if len(read) > len(questions):
+        print(f"left out: {len(read) - len(questions)} questions without options")
+    print(f"wrote {arguments.output}")
+    return 0
