@@ -155,9 +155,10 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         """With labels, the training objective as a NexusGenOutput; without, Qwen2.5-VL's own forward.
 
         input_ids, attention_mask, labels: (B, S); -100 is ignored, an image token among the labels is a target.
-        position_ids: (3, B, S) M-RoPE, or (4, B, S) with the text positions of a packed row first; computed from
-        the inputs when absent. pixel_values: (patches, channels x 2 x patch x patch) and image_grid_thw: (images, 3)
-        of all images, targets included, in the order in which they stand in the rows.
+        position_ids: (3, B, S) M-RoPE, or (4, B, S) with the text positions of a packed row first, which begin at 0 in
+        every sequence; computed from the inputs when absent.
+        pixel_values: (patches, channels x 2 x patch x patch) and image_grid_thw: (images, 3) of all images, targets
+        included, in the order in which they stand in the rows.
         all_positions: also return both heads at every position (parity and diagnosis; memory of B x S x V).
         Every call runs each module once whatever the batch holds, as ZeRO-3 and DDP need.
         Raises ValueError when image tokens and image embeddings disagree in number.
@@ -180,6 +181,12 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         spliced = self.splice_inputs(input_ids, labels, pixel_values, image_grid_thw)
         if position_ids is None:
             position_ids = self.rope_position_ids(input_ids, attention_mask, image_grid_thw)
+        real_BS = torch.ones_like(labels) if attention_mask is None or attention_mask.ndim != 2 else attention_mask
+        preceded_BS = F.pad(real_BS[:, :-1], (1, 0), value=0).bool()
+        if position_ids.shape[0] == 4:
+            preceded_BS &= position_ids[0] != 0
+            if bool(real_BS.all()):
+                attention_mask = None  # transformers tells packed sequences apart only where no mask is given
         kwargs["use_cache"] = False  # a training pass never continues, and checkpointing refuses a cache
         hidden_BSD = self.model(
             inputs_embeds=spliced.inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
@@ -188,7 +195,7 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         # Heads run on the positions that are scored only: float32 logits of all S positions would be the largest
         # tensor of a training step.
         text_mask = (labels != IGNORE_INDEX) & ~spliced.target_mask
-        text_mask[:, 0] = False  # nothing precedes, so nothing predicts it
+        text_mask &= preceded_BS  # nothing before it in its sequence, so nothing predicts it
         logits_NV, text_labels = self.lm_head(hidden_BSD[predicts(text_mask)]), labels[text_mask]
         predicted_ND = self.vision_head(hidden_BSD[predicts(spliced.target_mask)])
         text_losses = text_cross_entropy(logits_NV, text_labels)

@@ -53,6 +53,7 @@ def reply_one_by_one(
     image_grid_thw: Tensor | None,
     max_new_tokens: int,
     image_advance: int,
+    force_image_first: bool = False,
 ) -> tuple[list[int], list[Tensor]]:
     """A greedy reply that runs the whole sequence again for every single position. prompt: (1, S)."""
     config = model.config
@@ -75,6 +76,8 @@ def reply_one_by_one(
         logits = model.lm_head(output())
         logits[:, config.vision_end_token_id] = -torch.inf
         token = int(logits.argmax())
+        if force_image_first and not reply:
+            token = config.vision_start_token_id
         reply.append(token)
         append(embedding[token], (cursor,) * 3)
         cursor += 1
