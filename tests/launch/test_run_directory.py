@@ -80,8 +80,10 @@ def test_an_unfinished_try_with_other_values_is_not_gone_on_from(runs: Path) -> 
 def test_a_requested_try_is_gone_on_from_until_its_artifact_is_there(runs: Path) -> None:
     finished = attempt(stage(runs))
     finish(stage(runs))
+    timing = stage(runs).run_dir / "timing.jsonl"
+    timing.touch()
     request_another(stage(runs))
-    assert not unchanged(stage(runs)) and not finished.exists()
+    assert not unchanged(stage(runs)) and not finished.exists() and not timing.exists()
     checkpoint = attempt(stage(runs))
     prepare(stage(runs))
     assert checkpoint.exists()

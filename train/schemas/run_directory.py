@@ -81,7 +81,7 @@ def forget_request(run: Path) -> None:
 def request_another(config: StageConfig) -> None:
     """Record from=STAGE, so that it is gone on with after an interruption; so is a try that is unfinished now."""
     if made_by(config, checkpoints_identity(config)):
-        shutil.rmtree(config.run_dir / CHECKPOINTS)
+        forget_try(config)
     request = {"stage": config.stage, "replaces": created_at(config)}
     write_text_atomic(config.run_dir.parent / REQUEST, json.dumps(request))
 
@@ -90,6 +90,17 @@ def checkpoints_identity(config: StageConfig) -> dict[str, Any]:
     """What the checkpoints of the latest try belong to; empty when there are none."""
     path = config.run_dir / CHECKPOINTS / IDENTITY
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def forget_try(config: StageConfig) -> None:
+    """Drop what the latest try left beside its artifact, but for what a stage looks up by content and may take up."""
+    left = [CHECKPOINTS, QUARANTINE]
+    if not (config.reuses_by_content and config.resume):
+        left += ["artifact.partial", "artifact.earlier"]
+    for name in left:
+        if (config.run_dir / name).exists():
+            shutil.rmtree(config.run_dir / name)
+    (config.run_dir / "timing.jsonl").unlink(missing_ok=True)
 
 
 def prepare(config: StageConfig, wanted: dict[str, Any]) -> Path:
@@ -104,12 +115,7 @@ def prepare(config: StageConfig, wanted: dict[str, Any]) -> Path:
     if checkpoints.exists():
         earlier = checkpoints_identity(config)
         if made_by(config, earlier) or not config.resume:
-            shutil.rmtree(checkpoints)
-            shutil.rmtree(config.run_dir / QUARANTINE, ignore_errors=True)
-            (config.run_dir / "timing.jsonl").unlink(missing_ok=True)
-            if not (config.reuses_by_content and config.resume):
-                for leftover in ("artifact.partial", "artifact.earlier"):
-                    shutil.rmtree(config.artifact_dir.with_name(leftover), ignore_errors=True)
+            forget_try(config)
         elif earlier != wanted and not config.reuses_by_content:
             raise UserError(
                 f"{checkpoints} belong to an unfinished try with another {difference(earlier, wanted)}; "
