@@ -1,6 +1,6 @@
 """How embeddings are stored: as floats, or in 8 bits with one scale per token; and what that loses.
 
-Legend: N tokens, D embedding width. The scales of `x` are stored as `x.scale`, (N, 1) float32.
+Legend: B samples, N tokens, D embedding width. The scales of `x` are stored as `x.scale`, (N, 1) float32.
 """
 
 import torch
@@ -37,22 +37,25 @@ def dequantize(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def storage_error(embeds_ND: Tensor, restored_ND: Tensor) -> dict[str, float]:
-    """relative_rms: |restored - x| over |x|. cosine: mean over tokens of the cosine between the two."""
-    exact, restored = embeds_ND.double(), restored_ND.double()
-    relative_rms = (restored - exact).norm() / exact.norm().clamp_min(1e-30)
-    return {"relative_rms": rounded(relative_rms), "cosine": rounded(F.cosine_similarity(exact, restored, -1).mean())}
-
-
-def embedding_gap(predicted_ND: Tensor, true_ND: Tensor) -> dict[str, float]:
-    """cosine: mean over tokens; mse: mean over all numbers, of predicted against true embeddings."""
-    predicted, true = predicted_ND.double(), true_ND.double()
+def storage_error(embeds_BND: Tensor, restored_BND: Tensor) -> dict[str, Tensor]:
+    """relative_rms: |restored - x| over |x|. cosine: mean over tokens of the cosine between the two. (B,) float64."""
+    exact, restored = embeds_BND.double(), restored_BND.double()
+    size = exact.norm(dim=(-2, -1)).clamp_min(1e-30)
     return {
-        "cosine": rounded(F.cosine_similarity(predicted, true, -1).mean()),
-        "mse": rounded((predicted - true).square().mean()),
+        "relative_rms": (restored - exact).norm(dim=(-2, -1)) / size,
+        "cosine": F.cosine_similarity(exact, restored, -1).mean(-1),
     }
 
 
-def rounded(value: Tensor) -> float:
+def embedding_gap(predicted_BND: Tensor, true_BND: Tensor) -> dict[str, Tensor]:
+    """cosine: mean over tokens; mse: mean over all numbers, of predicted against true embeddings. (B,) float64."""
+    predicted, true = predicted_BND.double(), true_BND.double()
+    return {
+        "cosine": F.cosine_similarity(predicted, true, -1).mean(-1),
+        "mse": (predicted - true).square().mean((-2, -1)),
+    }
+
+
+def rounded(value: float) -> float:
     """Six digits: enough to compare, and short in the JSON of every sample."""
-    return float(f"{float(value):.6g}")
+    return float(f"{value:.6g}")

@@ -353,9 +353,10 @@ class EmbedStage(Stage[EmbedConfig]):
         One shape for every batch: a picture's numbers then do not depend on how many others are embedded with it. On a
         CPU the VAE's latents of one picture alone differ by 6e-6 from those of the same picture in a batch.
         """
-        rows = torch.stack([torch.as_tensor(picture) for picture in pictures])
+        rows = pictures if isinstance(pictures, Tensor) else torch.stack([torch.as_tensor(p) for p in pictures])
         missing = self.config.embed.batch_size - len(rows)
-        return torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, missing)).to(self.device)
+        rows = rows.to(self.device, non_blocking=True)
+        return torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, missing))
 
     @torch.inference_mode()
     def latents(self, pictures: Sequence[Tensor]) -> Tensor:
