@@ -218,7 +218,7 @@ def save_autoregressive(
         text = json.dumps(released_config(model.config, dtype), indent=2, ensure_ascii=False) + "\n"
         write_text_atomic(partial / "config.json", text)
         for name in PROCESSOR_FILES if processor_from is not None else ():
-            source = Path(processor_from or "") / name
+            source = processor_directory(processor_from or "") / name
             if source.is_file():
                 shutil.copyfile(source, partial / name)
 
@@ -226,10 +226,16 @@ def save_autoregressive(
 def load_processor(path: str | os.PathLike[str]) -> Qwen2_5_VLProcessor:
     """The tokenizer and image processor of a checkpoint; UserError when they are missing or unreadable."""
     try:
-        return Qwen2_5_VLProcessor.from_pretrained(Path(path), local_files_only=True)
+        return Qwen2_5_VLProcessor.from_pretrained(processor_directory(path), local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         first_line = str(error).splitlines()[0]
         raise UserError(f"{path} holds no readable tokenizer and processor ({first_line}); copy them there") from error
+
+
+def processor_directory(path: str | os.PathLike[str]) -> Path:
+    """Where a checkpoint keeps its tokenizer and processor: beside the weights, or in `processor/`, which wins."""
+    inside = Path(path) / "processor"
+    return inside if inside.is_dir() else Path(path)
 
 
 def load_config(directory: Path) -> Qwen2_5_VLConfig:

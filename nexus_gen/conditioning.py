@@ -154,12 +154,13 @@ def merged_indices(grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def init_from_qwen(projector: EditingProjector, checkpoint_dir: str | Path) -> None:
-    """Copy layer 0 of a Qwen2.5-VL checkpoint (older key layout) into the projector's decoder layer.
+    """Copy layer 0 of a Qwen2.5-VL checkpoint, in either layout, into the projector's decoder layer.
 
     The file that holds it comes from the checkpoint's index. Every missing, unexpected or misshapen key is a UserError.
     """
     layer = projector.layers[0]
-    prefix = "model.layers.0."
     files = TensorFiles(checkpoint_dir, next(layer.parameters()).device)
+    nested = any(key.startswith("model.language_model.") for key in files)
+    prefix = "model.language_model.layers.0." if nested else "model.layers.0."
     sources = {key: Source((prefix + key,)) for key in layer.state_dict()}
     load_strictly(layer, files, sources, concerns=lambda key: key.startswith(prefix))

@@ -122,8 +122,10 @@ def test_dtype_is_applied_and_written(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_processor_files_are_copied(tmp_path: Path, copy: Path) -> None:
-    (copy / "preprocessor_config.json").write_text('{"patch_size": 4}')
+@pytest.mark.parametrize("place", ["", "processor"])
+def test_processor_files_are_copied(tmp_path: Path, copy: Path, place: str) -> None:
+    (copy / place).mkdir(exist_ok=True)
+    (copy / place / "preprocessor_config.json").write_text('{"patch_size": 4}')
     save_autoregressive(tiny(32), tmp_path / "out", processor_from=copy)
     assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"patch_size": 4}'
 

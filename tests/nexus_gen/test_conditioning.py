@@ -130,10 +130,12 @@ def test_projector_starts_from_layer_0_wherever_it_lies(qwen):
     assert all(parameter.requires_grad for parameter in projector.parameters())
 
 
-def test_projector_starts_from_a_checkpoint_of_one_file(qwen, tmp_path):
+@pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
+def test_projector_starts_from_a_checkpoint_of_one_file(qwen, tmp_path, prefix):
     _, _, second = qwen
     (tmp_path / "single").mkdir()
-    save_file(second, tmp_path / "single" / "model.safetensors")
+    renamed = {prefix + key.removeprefix("model."): tensor for key, tensor in second.items()}
+    save_file(renamed, tmp_path / "single" / "model.safetensors")
     projector = EditingProjector(PROJECTOR, CONTEXT_DIM)
     init_from_qwen(projector, tmp_path / "single")
     weight = projector.layers[0].mlp.down_proj.weight
