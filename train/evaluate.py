@@ -259,15 +259,15 @@ def main(argv: list[str]) -> int:
     if not wanted:
         raise UserError(f"{rows} holds no rows of {', '.join(arguments.tasks)}; give other --tasks or --rows")
     models = Models(arguments, sorted({phase.decoder for phase in wanted if phase.decoder}))
-    settings = {
-        name: getattr(arguments, name)
-        for name in ("split", "num", "tasks", "seed", "editor", "num_inference_steps", "cfg_scale")
-    }
+    split = arguments.split if arguments.rows is None else rows.stem
+    options = ("num", "tasks", "seed", "editor", "num_inference_steps", "cfg_scale")
+    settings = {"split": split, **{name: getattr(arguments, name) for name in options}}
     inputs = {"rows": fingerprint_path(rows), **models.inputs()}
-    output = arguments.output or arguments.run / "evaluation" / arguments.split
+    output = arguments.output or arguments.run / "evaluation" / split
     if output.is_dir() and not (output / IDENTITY).is_file() and any(output.iterdir()):
         raise UserError(f"{output} holds something else; give --output with an empty or a new directory")
-    identity = json.dumps({"config": settings, "inputs": inputs}, indent=1) + "\n"
+    code = code_version()
+    identity = json.dumps({"config": settings, "inputs": inputs, "commit": code["commit"]}, indent=1) + "\n"
     begun = output.with_name(output.name + ".partial") / IDENTITY
     goes_on = begun.is_file() and begun.read_text(encoding="utf-8") == identity
     with building(output, keep_partial=goes_on) as directory:
@@ -276,13 +276,13 @@ def main(argv: list[str]) -> int:
         run_phases(models, wanted, outcomes, arguments.batch_size)
         scores = {name: dataclasses.asdict(score) for name, score in scores_of(outcomes.outcomes).items()}
         write_text_atomic(directory / "scores.json", json.dumps(scores, indent=1) + "\n")
-        title = f"{arguments.run.name}, {rows.stem}"
+        title = f"{arguments.run.name}, {split}"
         by_id = {row.id: row for kind in tasks.values() for row in kind}
         write_text_atomic(
             directory / "index.html",
             render(title, scores, outcomes.outcomes, by_id, directory, arguments.num_shown),
         )
-        seal(directory, Manifest("evaluation", "evaluate", settings, inputs, code_version(), {"scores": scores}))
+        seal(directory, Manifest("evaluation", "evaluate", settings, inputs, code, {"scores": scores}))
     print(table(scores))
     print(f"page: {(output / 'index.html').absolute()}")
     return 0

@@ -30,7 +30,7 @@ def nexus_gen(*arguments: str, cwd: Path | None = None, **environment: str) -> s
 def test_help_lists_every_command() -> None:
     shown = nexus_gen("--help")
     assert shown.returncode == 0
-    for command in ("run", "data shapes", "data check", "understand", "generate", "edit", "report"):
+    for command in ("run", "data shapes", "data check", "understand", "generate", "edit", "evaluate", "report"):
         assert f"  {command} " in shown.stdout
 
 
@@ -41,6 +41,8 @@ def test_help_lists_every_command() -> None:
         ["run", "--help"],
         ["data", "check", "--help"],
         ["generate", "--help"],
+        ["evaluate", "--help"],
+        ["evaluate", "choices", "--help"],
         ["run", "stage=pretrain", "trainer.max_step=1"],
     ],
 )
