@@ -322,10 +322,14 @@ class EmbedStage(Stage[EmbedConfig]):
             load_vision_tower(checkpoint, dtype=self.compute_dtype, device=self.device)
             if alone
             else self.model.model.visual,
-            compiled=self.device_type == "cuda",
+            compiled=self.compiles,
             pixel_mean=image.image_mean,
             pixel_std=image.image_std,
         )
+
+    @property
+    def compiles(self) -> bool:
+        return self.config.embed.compile and self.device_type == "cuda"
 
     @cached_property
     def vae(self) -> FluxVae:
@@ -384,7 +388,7 @@ class EmbedStage(Stage[EmbedConfig]):
         names = ("input_ids", "labels", "pixel_values", "image_grid_thw")
         encoded = [{name: torch.as_tensor(row[name]) for name in names} for row in rows]
         batch = collate(encoded, self.processor.tokenizer.pad_token_id, self.group(rows[0]) * LENGTH_STEP)
-        layer = compiled_decoder_layer() if self.device_type == "cuda" else decoder_layer
+        layer = compiled_decoder_layer() if self.compiles else decoder_layer
         pairs = teacher_forced_pairs(self.model, batch, self.tower, layer)
         num_targets = [int((row["labels"] != IGNORE_INDEX).sum()) // NUM_TARGET_TOKENS for row in rows]
         last = [pairs[end - 1] for end in np.cumsum(num_targets)]

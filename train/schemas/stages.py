@@ -226,7 +226,7 @@ class EmbedConfig:
 
     latents: store the VAE's latents too; decoders train on them. batch_size: pictures per forward; another one changes
     embeddings by rounding, and recomputes nothing. num_workers: processes per rank that decode pictures ahead; 0
-    decodes in the rank's own.
+    decodes in the rank's own. compile: compile the blocks on a GPU, which takes a minute or two before it pays.
     """
 
     samples_per_shard: int
@@ -234,6 +234,7 @@ class EmbedConfig:
     latents: bool
     batch_size: Annotated[int, RUNTIME]
     num_workers: Annotated[int, RUNTIME]
+    compile: Annotated[bool, RUNTIME]
     autoregressive: PathStr
 
 
