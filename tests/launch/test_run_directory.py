@@ -39,6 +39,16 @@ def finish(config: StageConfig) -> None:
     seal(config.artifact_dir, Manifest(config.kind, config.stage, **identity(config), code={}))
 
 
+def test_a_mixture_changes_with_the_files_that_it_names(runs: Path) -> None:
+    (runs / "mixture.yaml").write_text("sources: [{path: rows.jsonl}]\n")
+    config = stage(runs, f"data.train={runs / 'mixture.yaml'}")
+    attempt(config)
+    finish(config)
+    assert unchanged(config)
+    (runs / "rows.jsonl").write_text("two\n")
+    assert not unchanged(config)
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     (tmp_path / "rows.jsonl").write_text("one\n")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from broken import BROKEN
 from safetensors.torch import load_file
 from tiny_qwen import PATCH_SIZE, ROWS, write_checkpoint, write_rows
 
@@ -169,6 +170,25 @@ def test_bad_rows_are_replaced_where_they_may_be(qwen: Path, tmp_path: Path) -> 
     quarantined = map(json.loads, (tmp_path / "bad" / "rank0.jsonl").read_text().splitlines())
     kinds = {row["where"].rpartition(":")[2]: row["kind"] for row in quarantined}
     assert kinds == {"1": "picture", "2": "length", "3": "picture", "5": "picture"}  # the fourth is the text
+
+
+def test_no_broken_row_reaches_the_trainer(qwen: Path, tmp_path: Path) -> None:
+    template = build_template(qwen, max_length=10_000)
+    for number, broken in enumerate(BROKEN):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        mixture = Mixture(broken.write(directory), seed=3)
+        assert len(mixture) == broken.num_rows
+        quarantine = Quarantine(directory / "bad", 0, max_bad_fraction=0.99, num_rows=len(mixture))
+        samples = MessageStream(mixture, template.encode, quarantine, num_samples=8, micro_batch_size=1, world_size=1)
+        if broken.num_rows > 1:
+            assert all(sample["input_ids"] for sample in map(samples.__getitem__, range(8))), broken.name
+        else:
+            with pytest.raises(UserError, match="1 bad rows of 1 "):
+                samples[0]
+        (entry,) = map(json.loads, (directory / "bad" / "rank0.jsonl").read_text().splitlines())
+        assert entry["where"].startswith(str(directory)) and entry["where"].endswith(broken.where), broken.name
+        assert entry["kind"] == ("picture" if broken.found_by == "listing" else broken.kind), broken.name
 
 
 @pytest.mark.slow
