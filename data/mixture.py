@@ -138,7 +138,7 @@ def _source(entry: Any, where: str, path: Path) -> Source:
         raise UserError(f"{where}: captions is {source.captions!r}; give weights by label, {{long: 2, short: 1}}")
     if not isinstance(source.system, str):
         raise UserError(f"{where}: system is {source.system!r}; give a text")
-    files = sorted(Path(file) for file in glob.glob(str(path.parent / source.path)))
+    files = sorted(Path(file) for file in glob.glob(os.path.join(glob.escape(str(path.parent)), source.path)))
     if not files:
         raise UserError(f"{where}: no file is called {source.path}; paths are relative to {path.parent}")
     return replace(source, files=tuple(files))

@@ -148,6 +148,14 @@ def test_mistakes_in_a_mixture_are_named(values: Any, sentence: str, files: Path
     assert sentence in str(caught.value) and str(path) in str(caught.value)
 
 
+def test_a_pattern_is_one_of_the_path_alone(tmp_path: Path) -> None:
+    directory = tmp_path / "[ab]"
+    directory.mkdir()
+    write_texts(directory / "a.jsonl", 3)
+    assert len(Mixture(write_mixture(directory, {"path": "*.jsonl"}), seed=0)) == 3
+    assert len(Mixture(write_mixture(directory, {"path": str(tmp_path / "[[]ab]" / "a.jsonl")}), seed=0)) == 3
+
+
 def test_a_weight_that_draws_nothing_is_refused(files: Path) -> None:
     path = write_mixture(files, {"path": "a.jsonl", "weight": 999}, {"path": "b.jsonl", "weight": 1})
     with pytest.raises(UserError, match="source 2 has weight 1 of 1000, less than one of 17 rows"):
