@@ -226,7 +226,8 @@ class EmbedConfig:
 
     latents: store the VAE's latents too; decoders train on them. batch_size: pictures per forward; another one changes
     embeddings by rounding, and recomputes nothing. num_workers: processes per rank that decode pictures ahead; 0
-    decodes in the rank's own. compile: compile the blocks on a GPU, which takes a minute or two before it pays.
+    decodes in the rank's own. compile: the models' blocks `always`, `never`, or `auto`: on a GPU that has at least
+    10,000 rows to embed, which pays for the time that compiling takes; by rounding, like batch_size.
     """
 
     samples_per_shard: int
@@ -234,7 +235,7 @@ class EmbedConfig:
     latents: bool
     batch_size: Annotated[int, RUNTIME]
     num_workers: Annotated[int, RUNTIME]
-    compile: Annotated[bool, RUNTIME]
+    compile: Annotated[str, RUNTIME]
     autoregressive: PathStr
 
 
@@ -275,6 +276,7 @@ class EmbedStageConfig(StageConfig):
         self.model.check()
         positive("embed", self.embed, "samples_per_shard", "batch_size")
         one_of("embed.dtype", self.embed.dtype, *EMBED_DTYPES)
+        one_of("embed.compile", self.embed.compile, "auto", "always", "never")
         if self.embed.num_workers < 0:
             raise UserError(f"embed.num_workers is {self.embed.num_workers}; give 0 or more")
         if not 0 <= self.data.max_bad_fraction < 1:
