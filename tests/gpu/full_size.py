@@ -262,10 +262,14 @@ def autoregressive(run: Run, part: str) -> None:
         "max_new_tokens": NUM_TARGET_TOKENS + 2,
         "force_image_first": True,
     }
-    model.gradient_checkpointing_disable()
+    # What was built here has rotary frequencies from the GPU's powers; every loaded model has the CPU's.
+    built, path = run.scratch / "built", run.scratch / "autoregressive"
+    save_autoregressive(model, built)
+    del model
+    model = load_autoregressive(built, dtype=torch.bfloat16, device=run.device)
+    shutil.rmtree(built)
     with run.measured(part, "imagine"):
-        before = generate_reply(model.eval(), **request).image_embeds[0][0]
-    path = run.scratch / "autoregressive"
+        before = generate_reply(model, **request).image_embeds[0][0]
     with run.measured(part, "save"):
         save_autoregressive(model, path)
     run.note(part, files=len(list(path.glob("*.safetensors"))), file_gb=round(size_of(path) / GB, 3))
