@@ -114,7 +114,7 @@ def fit_vision(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reinitialise(tower)
-        heads = Heads(tower.config.out_hidden_size, int(labels[TARGET_GRID].max()) + 1)
+        heads = Heads(tower.config.out_hidden_size, max(1, int(labels[TARGET_GRID].max()) + 1))
     module: nn.Module = tower  # transformers types `to` for whole models
     module.to(device).train().requires_grad_(True)
     heads.to(device)

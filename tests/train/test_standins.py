@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from nexus_gen.ar_checkpoint import load_autoregressive, load_processor
 from nexus_gen.checkpoints import load_flux, load_vae
+from nexus_gen.conversation import patches
 from nexus_gen.specs.artifact import hash_file
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import FluxGeometry, LanguageGeometry, TextEncoderGeometry, VaeGeometry, VisionGeometry
@@ -22,7 +23,7 @@ from train.schemas.stages import StandinsConfig, StandinsModelConfig
 from train.standins import build_standins
 from train.tiny_tokenizers import QWEN_SPECIAL_TOKENS, train_clip_tokenizer, train_qwen_tokenizer
 from train.tiny_vae import fit_vae, reconstruction_psnr
-from train.tiny_vision import target_embeddings
+from train.tiny_vision import fit_vision, patch_values, target_embeddings, token_labels
 
 SIZE = 32
 MODEL = StandinsModelConfig(
@@ -190,3 +191,34 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(tmp_path):
         fit_vae(VaeGeometry([8, 16], 1, 4, 16), IMAGES, steps=1, batch_size=8, seed=0)
     with pytest.raises(UserError, match="no pictures"):
         build_standins(tmp_path, MODEL, STANDINS, CORPUS, [], seed=0)
+
+
+def test_a_fitted_tower_tells_more_the_longer_it_is_fitted(built):
+    qwen = built[0] / "Qwen2.5-VL-Instruct"
+    processor = load_processor(qwen)
+    scores = []
+    for steps in (2, 40):
+        tower = load_autoregressive(qwen, dtype=torch.float32).model.visual
+        unknown = [None] * len(IMAGES)
+        scores.append(fit_vision(tower, processor, IMAGES, unknown, steps, 4, seed=0, device=torch.device("cpu")))
+    assert scores[0].keys() == {"cell_r2", "place_r2"}  # no ground truth, so no facts
+    assert scores[1]["cell_r2"] > scores[0]["cell_r2"] + 0.1
+
+
+def test_pictures_are_cut_into_patches_as_the_processor_does(built):
+    processor = load_processor(built[0] / "Qwen2.5-VL-Instruct")
+    sized = [image.resize((72, 72), Image.Resampling.BICUBIC) for image in IMAGES[:2]]
+    pixels = torch.from_numpy(np.stack([to_array(image) for image in sized]))
+    torch.testing.assert_close(
+        patch_values(pixels, processor.image_processor), patches(processor, sized)[0], rtol=0, atol=1e-6
+    )
+
+
+def test_tokens_are_labelled_by_the_object_that_reaches_into_their_cell():
+    circle = {"shape": "circle", "colour": "red", "size": "large", "bbox": [0.35, 0.35, 0.65, 0.65]}
+    square = {"shape": "square", "colour": "blue", "size": "small", "bbox": [0.07, 0.74, 0.26, 0.93]}
+    labels = token_labels([[circle, square], [], None], 9)
+    assert labels[0, 4, 4].tolist() == [1, 2, 1]  # circle, red and large, in the order of their names
+    assert labels[0, 7, 1].tolist() == [2, 1, 2]
+    assert (labels[0, 3:6, 3:6] == labels[0, 4, 4]).all() and (labels[0] > 0).all(-1).sum() == 9 + 1
+    assert (labels[1] == 0).all() and (labels[2] == -1).all()
