@@ -48,7 +48,7 @@ from nexus_gen.specs.models import trained_details
 from nexus_gen.tensor_files import TensorFiles, fingerprint_tensors, save_tensors
 from nexus_gen.text_encoders import encode_pooled
 from nexus_gen.vae import FluxVae
-from train.embed_pipeline import Prepared, ShardFiller, require_unchanged
+from train.embed_pipeline import Prepared, ShardFiller, require_few, require_unchanged
 from train.metrics import METRICS
 from train.schemas.stages import EmbedEditingConfig, EmbedGenerationConfig, EmbedStageConfig
 from train.stage import Stage
@@ -89,7 +89,7 @@ class EmbedStage(Stage[EmbedConfig]):
             dtype=self.config.embed.dtype,
             batch_size=self.config.embed.batch_size,
             num_workers=self.config.embed.num_workers,
-            max_bad=self.config.data.max_bad_fraction * sum(len(split.rows) for split in splits),
+            max_bad=self._max_bad(splits),
         )
         for rows in self._rows.values():
             rows.prepare()
@@ -159,6 +159,9 @@ class EmbedStage(Stage[EmbedConfig]):
         artifact = [self.config.artifact_dir] if self.config.resume else []
         return artifact + sorted(self._leftovers.glob("*"))
 
+    def _max_bad(self, splits: list[SplitRows]) -> float:
+        return self.config.data.max_bad_fraction * sum(len(split.rows) for split in splits)
+
     def _settle(self, plan: Sequence[PlannedShard]) -> list[int]:
         """Keep what holds of an earlier start, clear away the rest; the places in the plan of the shards to be made."""
         planned = {shard.file: shard for shard in plan}
@@ -203,7 +206,11 @@ class EmbedStage(Stage[EmbedConfig]):
         """The artifact, on rank zero; and what is logged of it."""
         known = {}
         if self.rank == 0:
-            known = {shard.file: self._listing(self._partial, shard).sha256 for shard in plan}
+            listings = {shard.file: self._listing(self._partial, shard) for shard in plan}
+            known = {file: listing.sha256 for file, listing in listings.items()}
+            # Those of shards that were kept count, too.
+            bad = [entry for listing in listings.values() for entry in listing.quarantined]
+            require_few(bad, self._max_bad(splits))
 
         def finish(directory: Path) -> dict[str, Any]:
             if self.config.embed.latents:

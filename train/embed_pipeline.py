@@ -125,6 +125,16 @@ def to_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
     return wait
 
 
+def require_few(quarantined: Sequence[dict[str, Any]], max_bad: float) -> None:
+    """UserError when more rows are set aside than may be."""
+    if len(quarantined) > max_bad:
+        last = quarantined[-1]
+        raise UserError(
+            f"{len(quarantined)} rows could not be embedded, more than the {max_bad:.4g} that data.max_bad_fraction "
+            f"allows; the last is {last['where']}: {last['reason']}"
+        )
+
+
 class ShardFiller:
     """Embeds and writes shards into a directory.
 
@@ -210,12 +220,7 @@ class ShardFiller:
         work.reasons |= {chunk[place].address: reason for place, reason in reasons.items()}
         bad = [sample for sample in work.shard.samples if sample.address in {chunk[place].address for place in reasons}]
         self.quarantined += [{"where": s.row.where, "id": s.row.id, "reason": work.reasons[s.address]} for s in bad]
-        if len(self.quarantined) > self._max_bad:
-            raise UserError(
-                f"{len(self.quarantined)} rows could not be embedded, more than the {self._max_bad:.4g} that "
-                f"data.max_bad_fraction allows; the last is {self.quarantined[-1]['where']}: "
-                f"{self.quarantined[-1]['reason']}"
-            )
+        require_few(self.quarantined, self._max_bad)
 
     @torch.inference_mode()
     def _stored(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -156,7 +156,7 @@ def run(stage: EmbedStageConfig, world_size: int = 1) -> str:
     ranks = start(stage, world_size)
     for process in ranks:
         process.join(120)
-    said = log.read_text(encoding="utf-8")[before:]
+    said = log.read_bytes()[before:].decode()
     assert [process.exitcode for process in ranks] == [0] * world_size, said
     return said
 
