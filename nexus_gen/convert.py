@@ -20,6 +20,7 @@ from nexus_gen.specs.artifact import MANIFEST, Manifest, building, write_text_at
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import VaeGeometry
 from nexus_gen.specs.layouts import (
+    TARGETS,
     Layout,
     Sources,
     autoregressive_sources,
@@ -33,7 +34,6 @@ from nexus_gen.specs.tensor_headers import INDEX_SUFFIX, TensorHeader
 from nexus_gen.tensor_files import TensorFiles, aside, save_tensors, write_safetensors
 from nexus_gen.translation import join, split
 
-TARGETS = ("released", "diffusers", "nexus-gen")
 SHARD_BYTES = 5_000_000_000
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 DIFFUSERS_STEM = "diffusion_pytorch_model"

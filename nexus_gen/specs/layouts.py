@@ -21,6 +21,7 @@ from nexus_gen.specs.geometry import VaeGeometry
 
 Kind = Literal["flux", "vae", "generation_decoder", "editing_decoder", "autoregressive"]
 Layout = Literal["bfl", "diffusers", "released", "nexus-gen"]
+TARGETS = ("released", "diffusers", "nexus-gen")  # what `models convert --to` takes; released is bfl for FLUX
 Shape = tuple[int, ...]
 SWAPPED = "final_norm_out.linear."  # the keys that hold (scale, shift) in diffusers' and in released files
 RELEASED_PREFIX = "pipe.dit."

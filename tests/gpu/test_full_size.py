@@ -32,7 +32,8 @@ def test_every_part_at_full_size(tmp_path: Path) -> None:
     assert full_size.main(["--out", str(tmp_path), "--scratch", str(tmp_path / "scratch")]) == 0
 
 
-GEOMETRY = FluxGeometry(512, 4, 4, 8, 256, 64, [16, 56, 56], 16, 2)
+# Large enough that what the kernel maps around each tensor, some 0.1 MB, does not count.
+GEOMETRY = FluxGeometry(768, 6, 4, 8, 256, 64, [16, 56, 56], 16, 2)
 
 
 def write_flux(path: Path, dtype: str, layout: Layout) -> None:
@@ -68,4 +69,4 @@ def test_loading_takes_the_memory_of_the_weights_once(tmp_path: Path, dtype: str
     size = sum(parameter.nbytes for parameter in model.parameters()) / full_size.GB
     assert size > 0.08
     ratio = peak.stop()["host_resident_gb"] / size
-    assert ratio < 1.15  # measured worst: 1.08, and 3.1 where pages of the file are kept
+    assert ratio < 1.15  # measured worst: 1.08, mostly 1.03; 3.1 where pages of the file are kept

@@ -173,6 +173,19 @@ def test_a_decoder_artifact_is_converted_by_its_directory(tmp_path: Path) -> Non
         inspect(artifact)
 
 
+def test_an_artifact_of_several_models_is_inspected_whole(tmp_path: Path) -> None:
+    artifact = tmp_path / "artifact"
+    save_autoregressive(tiny(32), artifact / "Qwen2.5-VL-Instruct", as_qwen=True)
+    flux_directory(artifact / "FLUX.1-dev")
+    seal(artifact, Manifest("base_models", "standins", {}, {}, {}))
+    report = inspect(artifact)
+    assert [part.what.split(",")[0] for part in report.parts] == ["FLUX.1 directory", "plain Qwen2.5-VL"]
+    assert not report.whole, "the language model has no tokenizer"
+    assert any("tokenizer_config.json" in line for line in report.lines())
+    with pytest.raises(UserError, match="an artifact of kind base_models; give the model's own path inside it"):
+        convert(artifact, tmp_path / "new", "diffusers")
+
+
 # ---- what inspection says
 
 
