@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from nexus_gen.vision_tower import VisionTower, grid_layout
+from nexus_gen.vision_tower import Runs, VisionTower, attend_by_length, grid_layout, runs_by_length
 
 ALIGNMENT = 64  # elements; tensor-core kernels want rows of 128 bytes, and at least 16
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of Qwen2.5-VL's preprocessor_config.json, as all its checkpoints
@@ -30,13 +30,13 @@ Grid = tuple[int, int, int]  # frames, rows, columns of patches
 class Segments(NamedTuple):
     """Which patches attend to each other: runs of T.
 
-    cu_seqlens: (runs + 1,) int32 bounds on the device; longest: patches of the longest run. groups: per length its
-    places (runs, length), or None where all runs have that length; empty where the device has packed attention.
+    cu_seqlens: (runs + 1,) int32 bounds on the device; longest: patches of the longest run. runs: the same by length;
+    empty where the device has packed attention.
     """
 
     cu_seqlens: Tensor
     longest: int
-    groups: tuple[tuple[int, Tensor | None], ...]
+    runs: Runs
 
 
 class Layout(NamedTuple):
@@ -98,22 +98,9 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, segments: Segments)
 
 
 @torch.compiler.disable  # it would be compiled anew for every mixture of lengths
-def attend_by_length(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
-    """Attention within runs of (T, H, head width), one call for all runs of a length: any device and dtype."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(runs, length, H, head width) each."""
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-
-    (length, places), *_ = segments.groups
-    if places is None:
-        query, key, value = (tensor.unflatten(0, (-1, length)) for tensor in (query, key, value))
-        return attend(query, key, value).flatten(0, 1)
-    attended = torch.empty_like(query)
-    for _, places in segments.groups:
-        attended[places] = attend(query[places], key[places], value[places])
-    return attended
+def attend_anywhere(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+    """The same on any device and in any dtype."""
+    return attend_by_length(query, key, value, segments.runs)
 
 
 def block(
@@ -164,7 +151,7 @@ class PackedVisionTower:
         self.full_blocks = frozenset(config.fullatt_block_indexes)
         self.frames = config.temporal_patch_size
         self.channels = config.in_channels
-        self.attend = attend_packed if has_packed_attention(self.dtype, self.device) else attend_by_length
+        self.attend = attend_packed if has_packed_attention(self.dtype, self.device) else attend_anywhere
         self.alignment = ALIGNMENT if self.device.type == "cuda" and self.dtype.itemsize == 2 else 1
         with torch.no_grad():
             inv_freq: Any = tower.rotary_pos_emb.inv_freq
@@ -275,15 +262,10 @@ class PackedVisionTower:
     def _segments(self, lengths: Tensor) -> Segments:
         """Of runs of these lengths, one behind the other."""
         bounds = F.pad(lengths.cumsum(0), (1, 0))
-        distinct = lengths.unique().tolist()
-        groups: list[tuple[int, Tensor | None]] = []
-        if self.attend is attend_by_length:
-            for length in distinct:
-                places = bounds[:-1][lengths == length][:, None] + torch.arange(length)
-                groups.append((length, None if len(distinct) == 1 else places.to(self.device)))
         cu_seqlens = bounds.to(self.device, torch.int32)
         torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
-        return Segments(cu_seqlens, max(distinct), tuple(groups))
+        runs = runs_by_length(bounds.tolist(), self.device) if self.attend is attend_anywhere else ()
+        return Segments(cu_seqlens, int(lengths.max()), runs)
 
 
 def has_packed_attention(dtype: torch.dtype, device: torch.device) -> bool:

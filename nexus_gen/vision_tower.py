@@ -64,6 +64,42 @@ def _layout(
     }
 
 
+Runs = tuple[tuple[int, Tensor | None], ...]  # per length of runs: their places (runs, length); None: all are of it
+
+
+def runs_by_length(bounds: list[int], device: torch.device) -> Runs:
+    """Runs that lie one behind the other between these bounds, by length."""
+    lengths = [end - start for start, end in pairwise(bounds)]
+    if len(set(lengths)) == 1:
+        return ((lengths[0], None),)
+    runs = []
+    for length in sorted(set(lengths)):
+        starts = [start for start, own in zip(bounds, lengths, strict=False) if own == length]
+        places = torch.tensor(starts)[:, None] + torch.arange(length)
+        runs.append((length, places.to(device, non_blocking=True)))
+    return tuple(runs)
+
+
+def attend_by_length(query: Tensor, key: Tensor, value: Tensor, runs: Runs) -> Tensor:
+    """Attention within runs of (T, heads, width), one call for all runs of a length: any device, dtype and gradient."""
+
+    def attend(*of_runs: Tensor) -> Tensor:
+        """(runs, length, heads, width) each."""
+        q, k, v = (tensor.transpose(1, 2) for tensor in of_runs)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    if runs[0][1] is None:
+        parts = (tensor.unflatten(0, (-1, runs[0][0])) for tensor in (query, key, value))
+        return attend(*parts).flatten(0, 1)
+    attended = torch.empty_like(value)
+    for _, places in runs:
+        assert places is not None
+        attended = attended.index_copy(
+            0, places.flatten(), attend(query[places], key[places], value[places]).flatten(0, 1)
+        )
+    return attended
+
+
 def _attend(
     self: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any = None, **kwargs: Any
 ) -> Tensor:
@@ -73,25 +109,8 @@ def _attend(
     query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
     query, key = qwen.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
 
-    def attend(*of_sequences: Tensor) -> Tensor:
-        """(sequences, length, heads, width) each."""
-        q, k, v = (tensor.transpose(1, 2) for tensor in of_sequences)
-        return F.scaled_dot_product_attention(q, k, v, scale=self.scaling).transpose(1, 2)
-
-    bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in pairwise(bounds)]
-    if len(set(lengths)) == 1:
-        parts = (tensor.unflatten(0, (len(lengths), lengths[0])) for tensor in (query, key, value))
-        attended = attend(*parts).flatten(0, 1)
-    else:
-        attended = torch.empty_like(value)
-        for length in set(lengths):
-            starts = [start for start, own in zip(bounds, lengths, strict=False) if own == length]
-            places = torch.tensor(starts)[:, None] + torch.arange(length)
-            places = places.to(value.device, non_blocking=True)
-            attended = attended.index_copy(
-                0, places.flatten(), attend(query[places], key[places], value[places]).flatten(0, 1)
-            )
+    runs = runs_by_length(cu_seqlens.tolist(), value.device)
+    attended = attend_by_length(query, key, value, runs)
     return self.proj(attended.flatten(1))
 
 
