@@ -26,7 +26,8 @@ Sample = tuple[
     str, "bytes | dict[str, Tensor]", dict[str, Any]
 ]  # key, tensors or their safetensors, what the JSON says
 EXTENSIONS = {"json", "safetensors"}
-CONSTANTS = "constants.safetensors"  # beside the shards: `pooled` (1, P), CLIP's embedding of the empty prompt
+# Beside the shards, of the empty prompt: CLIP's `pooled` (1, P); when asked for, T5's `null_context` (1, 512, width).
+CONSTANTS = "constants.safetensors"
 EMBED_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "int8")
 Member = tuple[int, int]  # offset and size of a member's bytes in its tar
 

@@ -46,7 +46,7 @@ from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS, NUM_TARGET_TOKENS, RE
 from nexus_gen.specs.images import cover_crop, open_image, squash
 from nexus_gen.specs.models import trained_details
 from nexus_gen.tensor_files import TensorFiles, fingerprint_tensors, save_tensors
-from nexus_gen.text_encoders import encode_pooled
+from nexus_gen.text_encoders import encode_context, encode_pooled
 from nexus_gen.vae import FluxVae
 from train.embed_pipeline import Prepared, ShardFiller, require_few, require_unchanged
 from train.metrics import METRICS
@@ -215,7 +215,11 @@ class EmbedStage(Stage[EmbedConfig]):
         def finish(directory: Path) -> dict[str, Any]:
             if self.config.embed.latents:
                 pooled = encode_pooled(self.config.model.flux, "", torch.float32)
-                save_tensors({"pooled": pooled.contiguous()}, directory / CONSTANTS)
+                constants = {"pooled": pooled.contiguous()}
+                if self.config.embed.null_context:
+                    context = encode_context(self.config.model.flux, "", self.compute_dtype, self.device)
+                    constants["null_context"] = context.cpu().contiguous()
+                save_tensors(constants, directory / CONSTANTS)
             details = self.details(directory, splits, plan, recipe)
             gap = {f"gap/{name}": value for name, value in details["gap"].items()}
             if metrics or gap:  # not the speed in the manifest: the same shards made faster are the same artifact

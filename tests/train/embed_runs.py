@@ -103,7 +103,7 @@ def config(inputs: Path, data: Path, runs_dir: Path, stage: str = "embed_generat
         },
         "embed": {
             "autoregressive": str(inputs / "qwen"), "samples_per_shard": 3, "batch_size": 2, "dtype": "bfloat16",
-            "latents": True, "num_workers": 0, "compile": "never",
+            "latents": True, "null_context": False, "num_workers": 0, "compile": "never",
             **({"predicted": False} if stage == "embed_generation" else {"pixels": "squash"}),
             **embed,
         },

@@ -224,7 +224,8 @@ class PretrainConfig(StageConfig):
 class EmbedConfig:
     """samples_per_shard: a finished shard survives an interruption. dtype: how embeddings are stored.
 
-    latents: store the VAE's latents too; decoders train on them. batch_size: pictures per forward; another one changes
+    latents: store the VAE's latents too; decoders train on them. null_context: store T5's output for the empty prompt,
+    for decoders that drop conditions or sample with guidance. batch_size: pictures per forward; another one changes
     embeddings by rounding, and recomputes nothing. num_workers: processes per rank that decode pictures ahead; 0
     decodes in the rank's own. compile: the models' blocks `always`, `never`, or `auto`: on a GPU that has at least
     10,000 rows to embed, which pays for the time that compiling takes; by rounding, like batch_size.
@@ -233,6 +234,7 @@ class EmbedConfig:
     samples_per_shard: int
     dtype: str
     latents: bool
+    null_context: bool
     batch_size: Annotated[int, RUNTIME]
     num_workers: Annotated[int, RUNTIME]
     compile: Annotated[str, RUNTIME]
