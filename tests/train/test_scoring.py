@@ -75,8 +75,9 @@ def test_damage_outside_the_edited_region_is_measured_there_alone(rows: list[Row
     (cell,) = {thing["cell"] for thing, after in zip(old, new, strict=True) if thing != after}
     inside, outside = target.copy(), target.copy()
     x, y = (int((value + 0.5) / 3 * 64) for value in (cell % 3, cell // 3))
-    inside.putpixel((x, y), (0, 0, 0))
-    outside.putpixel((0, 63) if cell != 6 else (63, 0), (0, 0, 0))
+    magenta = (255, 0, 255)  # far from every ground
+    inside.putpixel((x, y), magenta)
+    outside.putpixel((0, 63) if cell != 6 else (63, 0), magenta)
     assert judge_editing(row, inside)["psnr"] == 100.0
     assert 20 < judge_editing(row, outside)["psnr"] < 60
 
