@@ -88,3 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+if __name__ == "__main__":  # python -m launch.cli, where the console script is not installed
+    sys.exit(main())

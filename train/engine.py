@@ -355,6 +355,7 @@ def silence() -> None:
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message="When saving the DeepSpeed Stage 3 checkpoint")
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
 
 
 @dataclass

@@ -59,7 +59,7 @@ class Stage(ABC, Generic[Config]):
 
     def barrier(self) -> None:
         if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+            torch.distributed.barrier(device_ids=[self.local_rank] if self.device_type == "cuda" else None)
 
     def write_artifact(
         self,

@@ -44,6 +44,15 @@ def run(stage_dir: Path, rank: int) -> None:
         logging.getLogger(__name__).info(
             "%s %s after %.0f s", config.stage, "finished" if finished else "stopped", time.monotonic() - began
         )
+    end_process_group()
+
+
+def end_process_group() -> None:
+    """Whoever started it; NCCL complains about one that is left to the interpreter's end."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def main(argv: list[str]) -> None:
