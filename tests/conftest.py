@@ -15,6 +15,8 @@ WORKER = "PYTEST_XDIST_WORKER"  # set in each of several test processes
 if WORKER in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # threads of several processes would wait for each other
 
+import torch  # noqa: E402 - reads the number of threads
+
 from nexus_gen.compat import ensure_torchvision  # noqa: E402
 
 ensure_torchvision()
@@ -22,8 +24,14 @@ ensure_torchvision()
 from runs import SMALLEST, run_arguments, succeed  # noqa: E402
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests belong together, and begin the shared run first, so that others have work until it is there."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say which tests belong together, and begin the shared run first, so that others have work until it is there.
+
+    What is marked `gpu` is deselected where there is none.
+    """
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
     def on_shared_run(item: pytest.Item) -> bool:
         return "tiny_run" in getattr(item, "fixturenames", ())

@@ -32,12 +32,6 @@ from nexus_gen.specs.errors import UserError
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def changed_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy to run stages of again."""
-    return copy_run(tiny_run, tmp_path_factory.mktemp("runs") / "changed")
-
-
 def run_again(run: Path, *overrides: str) -> tuple[list[str], list[str]]:
     """Run the pipeline once more: the stages that ran, and those that were skipped."""
     printed = succeed(*run_arguments(run, "pipeline=tiny", *SMALLEST, *overrides))
@@ -69,28 +63,28 @@ def test_the_same_command_skips_every_stage(tiny_run: Path) -> None:
     assert run_again(tiny_run) == ([], list(STAGES))
 
 
-@pytest.mark.xdist_group("changed_run")
-def test_a_changed_value_runs_its_stage_and_what_reads_from_it(changed_run: Path) -> None:
+def test_a_changed_value_runs_its_stage_and_what_reads_from_it(tiny_run: Path, tmp_path: Path) -> None:
     # The editing decoder starts from the generation decoder's transformer.
-    ran, skipped = run_again(changed_run, "generation_decoder.optim.learning_rate=0.01")
+    run = copy_run(tiny_run, tmp_path / "run")
+    ran, skipped = run_again(run, "generation_decoder.optim.learning_rate=0.01")
     assert ran == ["generation_decoder", "editing_decoder"]
     assert skipped == ["shapes", "standins", "pretrain", "embed_generation", "embed_editing"]
 
 
-@pytest.mark.xdist_group("changed_run")
-def test_from_makes_an_artifact_again_also_after_an_interruption(changed_run: Path, tmp_path: Path) -> None:
-    stage = changed_run / "editing_decoder"
+def test_from_makes_an_artifact_again_also_after_an_interruption(tiny_run: Path, tmp_path: Path) -> None:
+    run = copy_run(tiny_run, tmp_path / "run")
+    stage = run / "editing_decoder"
     before = Manifest.load(stage / "artifact")
     (stage / "environment.json").unlink()  # it is written when the stage starts
-    arguments = run_arguments(changed_run, "pipeline=tiny", *SMALLEST, "from=editing_decoder")
+    arguments = run_arguments(run, "pipeline=tiny", *SMALLEST, "from=editing_decoder")
     started = (stage / "environment.json").is_file
     interrupt(arguments, started, signal.SIGKILL, tmp_path / "output")
     assert Manifest.load(stage / "artifact").created_at == before.created_at
-    assert run_again(changed_run) == (["editing_decoder"], list(STAGES[:-1]))
+    assert run_again(run) == (["editing_decoder"], list(STAGES[:-1]))
     after = Manifest.load(stage / "artifact")
     assert after.created_at > before.created_at
     assert after.fingerprint == before.fingerprint
-    assert run_again(changed_run) == ([], list(STAGES))
+    assert run_again(run) == ([], list(STAGES))
 
 
 def test_shards_of_the_other_decoder_are_refused(tiny_run: Path, tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ def test_every_part_at_tiny_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_every_part_at_full_size(tmp_path: Path) -> None:
     assert full_size.main(["--out", str(tmp_path), "--scratch", str(tmp_path / "scratch")]) == 0
 
