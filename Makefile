@@ -18,7 +18,7 @@ $(VENV)/.ready: pyproject.toml
 
 setup: $(VENV)/.ready ## make .venv and install everything into it
 
-demo: $(VENV)/.ready ## the whole pipeline on tiny models: data, four trainings, report (about 11 minutes on 2 cores)
+demo: $(VENV)/.ready ## the whole pipeline on tiny models: data, four trainings, report (about 10 minutes on 2 cores)
 	$(BIN)/nexus-gen run pipeline=tiny name=$(RUN)
 	$(BIN)/nexus-gen report runs/$(RUN)
 
