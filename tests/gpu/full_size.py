@@ -265,7 +265,8 @@ def autoregressive(run: Run, part: str) -> None:
         "max_new_tokens": NUM_TARGET_TOKENS + 2,
         "force_image_first": True,
     }
-    # What was built here has rotary frequencies from the GPU's powers; every loaded model has the CPU's.
+    # A model built on a GPU gives other outputs than its reloaded copy, one built on a CPU the same: presumably its
+    # rotary frequencies, which every loaded model has from the CPU. What users save was loaded before.
     built, path = run.scratch / "built", run.scratch / "autoregressive"
     save_autoregressive(model, built)
     del model
