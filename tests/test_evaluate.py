@@ -2,12 +2,11 @@
 
 import json
 import re
-from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from pages import Page
 from runs import nexus_gen, succeed
 
 from data.messages import read_rows
@@ -81,21 +80,6 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_scores(
     succeed(*arguments)
     assert outcomes_of(output) == outcomes_of(whole)
     assert not begun.exists()
-
-
-class Page(HTMLParser):
-    """Counts tags, and keeps everything that a browser would fetch."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: Counter[str] = Counter()
-        self.fetched: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.fetched += [value for name, value in attrs if name in ("src", "srcset", "href") and value]
 
 
 def test_the_page_shows_the_failures_and_fetches_nothing(evaluation: tuple[Path, str]) -> None:

@@ -5,12 +5,11 @@ import math
 import re
 import shutil
 import signal
-from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
+from pages import Page
 from PIL import Image
 from runs import (
     SMALLEST,
@@ -119,22 +118,6 @@ def test_a_flipped_bit_is_found(tiny_run: Path, tmp_path: Path) -> None:
     shard.write_bytes(content)
     with pytest.raises(UserError, match=r"train/000000.tar differs from its manifest"):
         verify(artifact)
-
-
-class Page(HTMLParser):
-    """Counts tags, and keeps everything that a browser would fetch."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: Counter[str] = Counter()
-        self.fetched: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        names = ("src", "srcset", "href", "xlink:href", "data")
-        self.fetched += [value for name, value in attrs if name in names and value]
 
 
 def test_the_report_of_a_moved_run_is_one_page_with_everything_in_it(tiny_run: Path, tmp_path: Path) -> None:
