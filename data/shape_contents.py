@@ -95,6 +95,7 @@ class ShapesConfig:
     image_size: pixels to a side. understanding, generation, editing: relative shares of the tasks.
     max_objects: in any picture. num_colours, num_shapes: so many of the palette, the first ones.
     textured_fraction: of the scenes, by their ground. chinese_fraction: of the rows; the others are English.
+    num_questions: about one picture in a training row; rows of the other splits ask one.
     """
 
     num_train: int
@@ -109,6 +110,7 @@ class ShapesConfig:
     num_shapes: int
     textured_fraction: float
     chinese_fraction: float
+    num_questions: int
 
     def check(self) -> None:
         """UserError for numbers out of range."""
@@ -122,6 +124,7 @@ class ShapesConfig:
             ("num_shapes", 3, len(SHAPES)),
             ("textured_fraction", 0, 1),
             ("chinese_fraction", 0, 1),
+            ("num_questions", 1, 64),
         ):
             if not low <= getattr(self, key) <= high:
                 raise UserError(f"shapes.{key} is {getattr(self, key)}; it must be from {low} to {high}")
@@ -137,7 +140,7 @@ class Content:
 
     category: the type of a question, the category of a caption, or the operation of an edit.
     answer: of a question; empty for the other tasks. scenes: of an edit, the source and the target.
-    absent: what the words name and no scene shows.
+    absent: what the words name and no scene shows. later: further questions about the scene.
     """
 
     task: str
@@ -147,12 +150,14 @@ class Content:
     answer: str
     scenes: tuple[Scene, ...]
     absent: Thing | None = None
+    later: tuple["Content", ...] = ()
 
     @property
     def is_compositional(self) -> bool:
         """Whether its pictures or words combine what is never combined in training."""
         shown = any(is_new_pair(thing) or is_new_place(thing) for scene in self.scenes for thing in scene.things)
-        return shown or (self.absent is not None and is_new_pair(self.absent))
+        named = self.absent is not None and is_new_pair(self.absent)
+        return shown or named or any(content.is_compositional for content in self.later)
 
     @property
     def key(self) -> str:
@@ -239,9 +244,10 @@ class Imagination:
     def language(self) -> str:
         return "zh" if self.happens(self.config.chinese_fraction) else "en"
 
-    def content(self, task: str, category: str, language: str) -> Content:
-        make = {"understanding": self.question, "generation": self.caption, "editing": self.edit}[task]
-        return make(category, language)
+    def content(self, task: str, category: str, language: str, num_questions: int = 1) -> Content:
+        if task == "understanding":
+            return self.conversation(category, language, num_questions)
+        return {"generation": self.caption, "editing": self.edit}[task](category, language)
 
     def scene(self, num_things: int) -> Scene:
         """Things in different cells; their shapes differ and their colours, as far as the palettes reach."""
@@ -265,11 +271,22 @@ class Imagination:
         most = min(self.config.max_objects - room, len(self.shapes), len(self.colours))
         return self.scene(self.number(least, most))
 
-    def question(self, kind: str, language: str) -> Content:
+    def conversation(self, kind: str, language: str, num_questions: int) -> Content:
+        """A question of a kind about a scene made for it, and questions of any kind that fits behind it."""
         if kind == "count":
             scene = self.scene(self.number(1, self.config.max_objects))
         else:
             scene = self.scene(2) if kind == "relation" else self.distinct()
+        first = self.question(kind, language, scene)
+        # More objects than colours or shapes look alike: only their number can be asked for without doubt.
+        unlike = len(scene.things) <= min(len(self.shapes), len(self.colours))
+        fitting = [other for other in QUESTIONS if other == "count" or unlike]
+        if len(scene.things) == 1:
+            fitting.remove("relation")
+        later = tuple(self.question(self.pick(fitting), language, scene) for _ in range(num_questions - 1))
+        return replace(first, later=later)
+
+    def question(self, kind: str, language: str, scene: Scene) -> Content:
         thing = self.pick(scene.things)
         words = {"shape": name(thing.shape, language), "colour": name(thing.colour, language)}
         absent = None
@@ -280,7 +297,10 @@ class Imagination:
         elif kind == "position":
             answer = name(CELLS[thing.cell], language)
         elif kind == "relation":
-            thing, other = scene.things
+            if len(scene.things) == 2:
+                thing, other = scene.things
+            else:
+                other = self.pick([other for other in scene.things if other != thing])
             words["other"] = noun(other, language)
             words["sides"], answer = relation(thing, other, language)
         else:

@@ -55,6 +55,7 @@ DEFAULTS = ShapesConfig(
     num_shapes=4,
     textured_fraction=0.2,
     chinese_fraction=0.3,
+    num_questions=1,
 )
 
 
@@ -69,19 +70,21 @@ def content_of(config: ShapesConfig, seed: int, split: str, index: int) -> Conte
     imagination = Imagination(config, np.random.default_rng((seed, SPLITS.index(split), index)))
     task, language = imagination.task(), imagination.language()
     category = imagination.pick([kind for kind in CATEGORIES[task] if (split, kind) != NO_NEW_COMBINATION])
-    while split_of(content := imagination.content(task, category, language)) != split:
+    num_questions = config.num_questions if split == "train" else 1
+    while split_of(content := imagination.content(task, category, language, num_questions)) != split:
         pass
     return content
 
 
 def messages_of(content: Content) -> list[dict[str, str]]:
     if content.task == "understanding":
-        pair = UNDERSTANDING_PROMPT.format(content.words), content.answer
+        turns = [UNDERSTANDING_PROMPT.format(content.words), content.answer]
+        turns += [text for question in content.later for text in (question.words, question.answer)]
     elif content.task == "generation":
-        pair = GENERATION_PROMPT[content.language].format(content.words), GENERATION_REPLY[content.language]
+        turns = [GENERATION_PROMPT[content.language].format(content.words), GENERATION_REPLY[content.language]]
     else:
-        pair = EDITING_PROMPT.format(content.words), EDITING_REPLY[content.language]
-    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+        turns = [EDITING_PROMPT.format(content.words), EDITING_REPLY[content.language]]
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(turns)]
 
 
 class Chunk(NamedTuple):

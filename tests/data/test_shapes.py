@@ -42,6 +42,7 @@ CONFIG = ShapesConfig(
     num_shapes=6,
     textured_fraction=0.3,
     chinese_fraction=0.4,
+    num_questions=1,
 )
 SMALL = dataclasses.replace(CONFIG, num_train=90, num_heldout=10, num_compositional=10)
 
@@ -234,6 +235,42 @@ def test_answers_follow_from_the_truth(dataset):
     assert min(answers.values()) > 0.25 * answers.total()
 
 
+def test_training_conversations_ask_several_questions_of_one_picture(tmp_path):
+    config = dataclasses.replace(SMALL, generation=0.0, editing=0.0, num_questions=5, chinese_fraction=0.0)
+    shapes.draw_rows(tmp_path, config, seed=3, num_workers=1)
+    assert check_rows(tmp_path / "train.jsonl", check_images="open").rows == SMALL.num_train
+    answers: Counter[str] = Counter()
+    for row in rows_of(tmp_path):
+        pairs = list(zip(row.messages[::2], row.messages[1::2], strict=True))
+        assert len(pairs) == (5 if row.truth["split"] == "train" else 1)
+        assert pairs[0][1]["content"] == row.truth["answer"]
+        assert [question["content"].count("<image>") for question, _ in pairs] == [1, 0, 0, 0, 0][: len(pairs)]
+        objects = row.truth["scenes"][0]["objects"]
+        named = {f"{thing['colour']} {thing['shape']}" for thing in objects}
+        for question, answer in pairs:
+            words, said = question["content"], answer["content"]
+            if words.startswith("How many"):
+                assert said == str(len(objects))
+            if said in ("yes", "no"):
+                assert (said == "yes") == any(name in words for name in named), words
+            if "colour" in words:
+                assert any(thing["colour"] == said and thing["shape"] in words for thing in objects), words
+            if "or below" in words:
+                high, low = sorted((thing for thing in objects if thing_in(thing, words)), key=height)
+                first = min((high, low), key=lambda thing: words.index(f"{thing['colour']} {thing['shape']}"))
+                assert said == ("above" if first is high else "below")
+            answers[said] += 1
+    assert {"yes", "no", "above", "below", "left", "right", "1", "red"} <= set(answers)
+
+
+def thing_in(thing: Any, words: str) -> bool:
+    return f"{thing['colour']} {thing['shape']}" in words
+
+
+def height(thing: Any) -> float:
+    return thing["centre"][1]
+
+
 def test_captions_name_what_is_drawn(dataset):
     for words, _, objects, _ in english(dataset, "generation", "counting"):
         assert f"{NUMBERS['en'][len(objects) - 1]} {objects[0]['colour']} {objects[0]['shape']}" in words
@@ -269,7 +306,7 @@ def test_edits_change_what_they_name_and_nothing_else(dataset):
 
 
 def test_smallest_settings_draw_every_task(tmp_path):
-    least = ShapesConfig(60, 20, 20, 32, 1.0, 1.0, 1.0, 2, 3, 3, 0.0, 0.0)
+    least = ShapesConfig(60, 20, 20, 32, 1.0, 1.0, 1.0, 2, 3, 3, 0.0, 0.0, 1)
     counts = shapes.draw_rows(tmp_path, least, seed=0, num_workers=1)
     assert len(counts["category"]) == len(QUESTIONS) + len(CAPTIONS) + len(EDITS)
     assert counts["language"] == {"en": 100}
@@ -296,6 +333,7 @@ def test_a_task_without_a_share_is_not_drawn(tmp_path):
         ("understanding", -1.0),
         ("generation", float("nan")),
         ("editing", float("inf")),
+        ("num_questions", 0),
     ],
 )
 def test_numbers_out_of_range_are_refused(tmp_path, key, value):
