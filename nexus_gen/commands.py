@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.models import DECODER_KINDS, ModelPaths
+from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run
 from nexus_gen.specs.prompts import LANGUAGES
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ def parser(command: str) -> argparse.ArgumentParser:
     }
     result = argparse.ArgumentParser(prog=f"nexus-gen {command}", description=summaries[command])
     models = add_model_arguments(result, paints=command != "understand")
-    runs = os.environ.get("NEXUS_GEN_RUNS", "runs")
-    models.add_argument("--run", type=Path, default=Path(runs) / "tiny", help="run directory (default: %(default)s)")
+    models.add_argument("--run", type=Path, default=default_run(), help="run directory (default: %(default)s)")
     result.add_argument("--seed", type=int, default=42)
     if command == "understand":
         result.add_argument("--input-image", type=Path, required=True)

@@ -1,5 +1,6 @@
 """Where the models of an inference command are: a finished run, or paths given one by one."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from nexus_gen.specs.artifact import MANIFEST, Manifest
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import LanguageGeometry, VisionGeometry
 
+SHIPPED_RUN = Path(__file__).parents[2] / "weights" / "shapes"  # of the checkout
 RELEASED_MAX_PIXELS = 262640  # of a context picture, as the released model was trained
 DECODER_KINDS = ("generation_decoder", "editing_decoder")
 DECODER_FILES = {"generation_decoder": "generation_decoder.safetensors", "editing_decoder": "edit_decoder.safetensors"}
@@ -104,6 +106,11 @@ class ModelPaths:
                 f"{flux} does not exist; give --flux with a FLUX.1-dev directory (its VAE and text encoders are needed)"
             )
         return ModelPaths(autoregressive, max_pixels, decoder, where, flux, details, consistent)
+
+
+def default_run() -> Path:
+    """The run that inference commands use unless given another: the weights that ship, or `tiny` where none do."""
+    return SHIPPED_RUN if SHIPPED_RUN.is_dir() else Path(os.environ.get("NEXUS_GEN_RUNS", "runs")) / "tiny"
 
 
 def trained_details(autoregressive: Path) -> dict[str, Any]:
