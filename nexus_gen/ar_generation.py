@@ -39,6 +39,7 @@ from transformers.generation import (  # noqa: E402
 )
 
 PositionsAfterImage = Literal["published", "trained"]
+Progress = Callable[[int, int], None]  # (done, of how many)
 DecoderLayer = Callable[[nn.Module, Tensor, tuple[Tensor, Tensor]], Tensor]
 
 
@@ -103,6 +104,7 @@ def generate_reply(
     force_image_first: bool = False,
     positions_after_image: PositionsAfterImage = "published",
     target_grid: tuple[int, int] = TARGET_GRIDS[0],
+    progress: Progress | None = None,
 ) -> Reply:
     """Continue prompts with text and images.
 
@@ -113,6 +115,7 @@ def generate_reply(
     as the published generation does; "trained" counts its longer side (p + 9), as training does.
     target_grid: rows and columns of the images' merged tokens, one of TARGET_GRIDS; others than 9 x 9 need a model that
     was trained with dynamic targets. generator: on the model's device; seeds `do_sample`.
+    progress: called before each step with (tokens of the longest reply, max_new_tokens); what it raises ends the work.
     Raises ValueError on prompts padded on the right or ending in vision_start, and for another target_grid.
     """
     if attention_mask is None:
@@ -135,6 +138,8 @@ def generate_reply(
     forced = force_image_first
     is_open = [max_new_tokens > 0] * len(prompts)
     while any(is_open):
+        if progress is not None:
+            progress(max(map(len, replies)), max_new_tokens)
         if forced:
             next_tokens = [model.config.vision_start_token_id] * len(prompts)
             forced = False

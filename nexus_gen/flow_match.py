@@ -164,7 +164,7 @@ def euler_sample(
     embedded_guidance: the guidance that the transformer takes as an input.
     cfg_scale: classifier-free guidance, negative + cfg_scale * (velocity - negative); 1 takes one forward per step.
     negative_fn: the velocity under the negative prompt; needed unless cfg_scale is 1, else ValueError.
-    progress: called with (steps done, num_steps).
+    progress: called with (steps done, num_steps); what it raises ends the work.
     """
     if cfg_scale != 1.0 and negative_fn is None:
         raise ValueError(f"cfg_scale {cfg_scale} needs negative_fn, the velocity under the negative prompt")

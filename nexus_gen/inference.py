@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from nexus_gen.ar_checkpoint import load_autoregressive, load_processor
-from nexus_gen.ar_generation import generate_reply, vision_embeddings
+from nexus_gen.ar_generation import Progress, generate_reply, vision_embeddings
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration
 from nexus_gen.checkpoints import load_decoder, load_vae
 from nexus_gen.conversation import collate, encode, patches
@@ -31,6 +31,7 @@ from nexus_gen.specs.geometry import (
 from nexus_gen.specs.images import StoredImage, open_image, squash
 from nexus_gen.specs.models import ModelPaths
 from nexus_gen.specs.prompts import (
+    CONTROL_TOKENS,
     EDITING_PROMPT,
     EDITING_REPLY,
     GENERATION_PROMPT,
@@ -55,6 +56,7 @@ class NexusGen:
         self.paths = paths
         self.device = torch.device(device)
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.text_conditions: dict[str, tuple[Tensor, Tensor]] = {}
 
     @cached_property
     def processor(self) -> Any:
@@ -95,27 +97,39 @@ class NexusGen:
         return self.paths.decoder_kind == "editing_decoder" and self.details.get("reference", True)
 
     def text_condition(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """T5's context (1, L, context width) and CLIP's pooled embedding (1, pooled width) of a prompt."""
+        """T5's context (1, L, context width) and CLIP's pooled embedding (1, pooled width); keeps the last prompt's."""
         assert self.paths.flux is not None
-        return encode_prompt(self.paths.flux, prompt, self.dtype, self.device)
+        if prompt not in self.text_conditions:
+            self.text_conditions = {prompt: encode_prompt(self.paths.flux, prompt, self.dtype, self.device)}
+        return self.text_conditions[prompt]
 
     @cached_property
     def pooled(self) -> Tensor:
         assert self.paths.flux is not None
         return encode_pooled(self.paths.flux, "", self.dtype, self.device)
 
-    def understand(self, image: Picture, question: str, max_new_tokens: int = 256) -> str:
+    def understand(
+        self, image: Picture, question: str, max_new_tokens: int = 256, progress: Progress | None = None
+    ) -> str:
         """Answer a question about a picture."""
-        return self.answer(UNDERSTANDING_PROMPT.format(question), [image], max_new_tokens)
+        return self.answer(UNDERSTANDING_PROMPT.format(question), [image], max_new_tokens, progress)
 
-    def answer(self, content: str, images: list[Picture], max_new_tokens: int = 256) -> str:
+    def answer(
+        self, content: str, images: list[Picture], max_new_tokens: int = 256, progress: Progress | None = None
+    ) -> str:
         """Reply to a user message, whose `<image>` tags the pictures fill, by greedy decoding."""
-        return self.answer_all([content], [images], max_new_tokens)[0]
+        return self.answer_all([content], [images], max_new_tokens, progress)[0]
 
-    def answer_all(self, contents: list[str], images: list[list[Picture]], max_new_tokens: int = 256) -> list[str]:
-        """Reply to user messages as one batch; `images` holds each message's pictures."""
+    def answer_all(
+        self,
+        contents: list[str],
+        images: list[list[Picture]],
+        max_new_tokens: int = 256,
+        progress: Progress | None = None,
+    ) -> list[str]:
+        """Reply to user messages as one batch; `images` holds each one's pictures. progress: as of `generate_reply`."""
         inputs = self._prompts(contents, images, [""] * len(contents))
-        made = generate_reply(self.autoregressive, **inputs, max_new_tokens=max_new_tokens)
+        made = generate_reply(self.autoregressive, **inputs, max_new_tokens=max_new_tokens, progress=progress)
         return [self.processor.tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in made.new_tokens]
 
     def imagine(self, content: str, reply: str, images: list[Picture]) -> Tensor:
@@ -172,12 +186,13 @@ class NexusGen:
         embedded_guidance: float | None = None,
         negative_prompt: str = "",
         seed: int | Sequence[int] = 42,
+        progress: Progress | None = None,
     ) -> list[Image.Image]:
         """Pictures from embeddings: (B, 81, D) and, for the editing decoder, (B, 324, D).
 
         None takes the decoder's own size and sampling. The noise depends on the seed and the place in the batch, not on
-        the device; with a seed for each picture, on that seed alone. Raises UserError for sizes that the latent grid
-        does not fit.
+        the device; with a seed for each picture, on that seed alone. progress: as of `euler_sample`.
+        Raises UserError for sizes that the latent grid does not fit.
         """
         defaults = self.details["sampling"]
         cfg_scale = defaults["cfg_scale"] if cfg_scale is None else cfg_scale
@@ -213,6 +228,7 @@ class NexusGen:
             defaults["embedded_guidance"] if embedded_guidance is None else embedded_guidance,
             cfg_scale,
             negative,
+            progress,
         )
         return [as_picture(pixels) for pixels in self.vae.decode(latents)]
 
@@ -230,16 +246,21 @@ class NexusGen:
                 raise UserError(
                     f"the prompt holds {tags} {IMAGE_TAG} tags for {len(pictures)} pictures; leave the tag out of it"
                 )
-            rows.append(
-                encode(
+            if found := [token for token in CONTROL_TOKENS if token in prompt]:
+                raise UserError(f"the prompt holds {found[0]}, a sign of the model's own; leave it out of it")
+            opened = [as_image(picture) for picture in pictures]
+            try:
+                row = encode(
                     self.processor,
                     [{"role": "user", "content": prompt}],
-                    [as_image(picture) for picture in pictures],
+                    opened,
                     self.paths.max_pixels,
                     reply_prefix,
                     consistent_edit_scale=as_target,
                 )
-            )
+            except ValueError as error:  # of a picture that is too long and narrow
+                raise UserError(str(error)) from error
+            rows.append(row)
         batch = collate(rows, self.processor.tokenizer.pad_token_id)
         del batch["labels"]
         return {name: tensor.to(self.device) for name, tensor in batch.items()}

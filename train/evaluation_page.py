@@ -9,20 +9,11 @@ from PIL import Image
 from data.messages import Row
 from nexus_gen.specs.images import open_image
 from nexus_gen.specs.prompts import LANGUAGES
+from nexus_gen.specs.scores import in_unit
 from train.outcomes import Outcome
 from train.report import template
 
 Scores = dict[str, dict[str, Any]]
-UNITS = {"psnr": "dB", "ssim": "", "l1": ""}  # of measures; everything else is a share
-
-
-def in_unit(name: str, score: dict[str, Any]) -> tuple[str, str]:
-    """(value, interval) of a score as people read it."""
-    unit = UNITS.get(name.rpartition("/")[2].removeprefix("outside_"))
-    if unit is None:
-        return f"{score['value']:.1%}", f"{score['low']:.1%} to {score['high']:.1%}"
-    digits = 1 if unit else 3
-    return f"{score['value']:.{digits}f} {unit}".strip(), f"{score['low']:.{digits}f} to {score['high']:.{digits}f}"
 
 
 def table(scores: Scores) -> str:

@@ -10,7 +10,7 @@ from data.detector import Detection, detect
 from data.messages import Row
 from data.shape_contents import CATEGORIES
 from nexus_gen.specs.images import StoredImage, cover_crop, open_image
-from nexus_gen.specs.prompts import GENERATION_PROMPT, IMAGE_TAG
+from nexus_gen.specs.prompts import words_of
 from train.measures import Score, average, mean_of, proportion, psnr, ssim
 from train.scoring import geneval_metadata, is_right, judge_edit, same_scene, unmet
 
@@ -31,10 +31,7 @@ def outcome_of(row: Row, phase: str) -> Outcome:
 
 def prompt_of(row: Row) -> str:
     """The user's words without image tags and without the template around a caption."""
-    content = row.messages[0]["content"].replace(IMAGE_TAG, "").strip()
-    for template in GENERATION_PROMPT.values():
-        content = content.removeprefix(template.format(""))
-    return content
+    return words_of(row.messages[0]["content"])
 
 
 def judge_answer(row: Row, answer: str) -> Outcome:

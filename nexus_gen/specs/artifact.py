@@ -69,6 +69,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()[:16]
 
 
+def fingerprint_inside(where: Path) -> str | None:
+    """The fingerprint of an artifact or of something in one; None for what is in none."""
+    for directory in (where, *where.parents):
+        if (directory / MANIFEST).is_file():
+            return digest([Manifest.load(directory).fingerprint, where.relative_to(directory).as_posix()])
+    return None
+
+
 def hash_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:

@@ -28,6 +28,14 @@ EDITING_REPLY = {"en": "Here is the image: <image>", "zh": "以下为编辑后�
 UNDERSTANDING_PROMPT = "<image>\n{}"
 
 
+def words_of(content: str) -> str:
+    """A user message without image tags and without the words around a caption."""
+    words = content.replace(IMAGE_TAG, "").strip()
+    for template in GENERATION_PROMPT.values():
+        words = words.removeprefix(template.format(""))
+    return words
+
+
 def language_of(text: str) -> str:
     """`zh` for text with Chinese characters, else `en`."""
     if text.isascii():  # at once, where a look at every character takes longer than all else about a row

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from nexus_gen.specs.artifact import MANIFEST, Manifest, digest, hash_file
+from nexus_gen.specs.artifact import digest, fingerprint_inside, hash_file
 from nexus_gen.specs.errors import UserError, nearest
 from train.schemas.common import PATH
 from train.schemas.stages import SCHEMAS, StageConfig
@@ -90,9 +90,8 @@ def input_fingerprints(config: StageConfig) -> dict[str, str]:
 
 def fingerprint_path(where: Path) -> str:
     """An artifact's own fingerprint for anything inside one; else a hash of names, sizes and contents."""
-    for directory in (where, *where.parents):
-        if (directory / MANIFEST).is_file():
-            return digest([Manifest.load(directory).fingerprint, where.relative_to(directory).as_posix()])
+    if (inside := fingerprint_inside(where)) is not None:
+        return inside
     if where.is_file():
         return _fingerprint_file(where)
     return digest(
