@@ -21,6 +21,7 @@ COMMANDS = {
     "understand": ("nexus_gen.commands", "answer a question about a picture"),
     "generate": ("nexus_gen.commands", "paint a picture from a prompt"),
     "edit": ("nexus_gen.commands", "repaint a picture by an instruction"),
+    "ui": ("nexus_gen.ui", "a page in the browser for all three, on a run's models"),
     "models download": ("nexus_gen.model_commands", "fetch the released models, or say what there is (--dry-run)"),
     "models inspect": ("nexus_gen.model_commands", "what a checkpoint is, its layout and size, and what it lacks"),
     "models convert": ("nexus_gen.model_commands", "write a checkpoint in another layout"),

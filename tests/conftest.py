@@ -21,17 +21,19 @@ from nexus_gen.compat import ensure_torchvision  # noqa: E402
 
 ensure_torchvision()
 
+from browsers import browser  # noqa: E402
 from runs import SMALLEST, run_arguments, succeed  # noqa: E402
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Say which tests belong together, and begin the shared run first, so that others have work until it is there.
 
-    What is marked `gpu` is deselected where there is none.
+    What is marked `gpu` or `browser` is deselected where there is none.
     """
-    if not torch.cuda.is_available():
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    for mark, is_there in (("gpu", torch.cuda.is_available()), ("browser", browser() is not None)):
+        if not is_there:
+            config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker(mark)])
+            items[:] = [item for item in items if not item.get_closest_marker(mark)]
 
     def on_shared_run(item: pytest.Item) -> bool:
         return "tiny_run" in getattr(item, "fixturenames", ())
