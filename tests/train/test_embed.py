@@ -90,6 +90,18 @@ def test_kills_at_random_leave_no_trace(whole: Any, tmp_path: Path) -> None:
     assert keys == [*(f"train/{i}" for i in range(NUM_TRAIN)), *(f"heldout/{i}" for i in range(NUM_HELDOUT))]
 
 
+def test_one_killed_state_is_finished_alike_on_one_two_and_three_processes(whole: Any, tmp_path: Path) -> None:
+    reference, _ = whole
+    killed = elsewhere(reference, tmp_path / "killed")
+    assert runs.kill(killed, world_size=1, num_shards=2, delay_s=0)
+    for world_size in (1, 2, 3):
+        copy = elsewhere(reference, tmp_path / f"on{world_size}")
+        shutil.copytree(killed.run_dir, copy.run_dir)
+        embedded, kept, _ = to_embed(runs.run(copy, world_size))
+        assert embedded > 0 and kept >= 6 and embedded + kept == NUM_TRAIN + NUM_HELDOUT
+        assert runs.contents(copy) == runs.contents(reference)
+
+
 @pytest.fixture
 def changed(whole: Any, tmp_path: Path) -> EmbedStageConfig:
     """The stage beside a copy of its data, its models and what it has made."""
