@@ -144,7 +144,9 @@ def describe(config: StageConfig) -> str:
     if trainer is not None:
         accumulation = trainer.accumulation(launch.world_size)
         data: Any = getattr(config, "data", None)
-        length = f"{trainer.max_steps} steps" if trainer.max_steps else f"{data.num_epochs:g} epochs"
+        length = f"{trainer.max_steps} steps"
+        if not trainer.max_steps:
+            length = f"{data.token_budget} tokens" if data.token_budget else f"{data.num_epochs:g} epochs"
         lines += [
             f"  batch: {trainer.global_batch_size} = {trainer.micro_batch_size} per process"
             f" x {launch.world_size} processes x {accumulation} accumulated",

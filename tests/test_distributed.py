@@ -3,18 +3,24 @@
 Float32 on gloo. One process accumulates the same global batches; it is the shared tiny run.
 """
 
+import math
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from runs import STEPS, TRAINED, copy_run, interrupt, losses, stage_arguments, succeed, weights
 
-from nexus_gen.specs.artifact import verify
+from data.mixture import Mixture
+from data.token_lengths import TokenLengths
+from nexus_gen.specs.artifact import Manifest, verify
+from nexus_gen.specs.images import open_image
 
 pytestmark = pytest.mark.slow
 
+TOKENS = "train/tokens_seen"
 TWO = "launch.processes_per_node=2"
 
 
@@ -69,6 +75,40 @@ def test_a_killed_stage_goes_on_as_if_nothing_had_happened(tiny_run: Path, two_p
     resumed, uninterrupted = weights(run / stage), weights(two_processes)
     assert resumed.keys() == uninterrupted.keys()
     assert [name for name in resumed if not torch.equal(resumed[name], uninterrupted[name])] == []
+
+
+def tokens_of_rows(tiny_run: Path, num_rows: int) -> list[int]:
+    """Of the first rows in training order, by arithmetic."""
+    config = yaml.safe_load((tiny_run / "pretrain" / "config.yaml").read_text(encoding="utf-8"))
+    mixture = Mixture(tiny_run / "shapes" / "artifact" / "train.jsonl", config["seed"])
+    rows = [mixture.row(mixture.draw(position)) for position in range(num_rows)]
+    lengths = TokenLengths(tiny_run / "standins" / "artifact" / "Qwen2.5-VL-Instruct", config["data"]["max_pixels"])
+    measured = lengths.measure(rows, [[open_image(image).size for image in row.images] for row in rows])
+    return [length.total for length in measured]
+
+
+def test_a_budget_counts_the_tokens_trained_on(tiny_run: Path, tmp_path: Path) -> None:
+    """Over a kill, on one process (the shared run) and two; the learning rate follows them."""
+    of_rows = tokens_of_rows(tiny_run, 8 * STEPS)
+    seen = {step: sum(of_rows[: 8 * step]) for step in range(STEPS + 1)}
+    found = {step: value for (step, name), value in losses(tiny_run / "pretrain").items() if name == TOKENS}
+    assert found == {step: seen[step] for step in (2, 4, 6)}
+    assert Manifest.load(tiny_run / "pretrain" / "artifact").details["tokens"] == seen[STEPS]
+
+    run = copy_run(tiny_run, tmp_path / "run", "pretrain")
+    budget = seen[3] + 1
+    own = ["trainer.max_steps=0", f"data.token_budget={budget}", "trainer.checkpoint_every_steps=2"]
+    arguments = stage_arguments(run, "pretrain", TWO, *own)
+    interrupt(arguments, lambda: bool(checkpoints(run / "pretrain")), signal.SIGKILL, tmp_path / "output")
+    succeed(*arguments)
+    details = Manifest.load(run / "pretrain" / "artifact").details
+    assert (details["steps"], details["tokens"]) == (4, seen[4])
+    logged = losses(run / "pretrain")
+    assert {step: value for (step, name), value in logged.items() if name == TOKENS} == {2: seen[2], 4: seen[4]}
+    assert logged[4, "train/lr"] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * seen[3] / budget)))
+    shutil.rmtree(run / "pretrain" / "artifact")
+    assert f"trained on {seen[4]} tokens of 32 rows in 4 steps" in succeed(*arguments)
+    assert losses(run / "pretrain") == logged
 
 
 def checkpoints(stage: Path) -> list[Path]:

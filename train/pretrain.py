@@ -7,7 +7,10 @@ them under the names of the layout on disk and load nothing.
 
 import json
 import logging
+import math
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.geometry import TARGET_GRID
 from train.message_stream import MessageStream, Quarantine
 from train.metrics import MetricsLogger, latest
+from train.schemas.common import OptimConfig
 from train.schemas.run_directory import QUARANTINE
 from train.schemas.stages import PretrainConfig
 from train.stage import Stage
@@ -43,6 +47,7 @@ from train.swift_callbacks import (
     checkpoint_step,
     complete_checkpoints,
     remove_incomplete_checkpoints,
+    tokens_seen,
 )
 from train.swift_plugin import NAME
 from train.weight_average import WeightAverage
@@ -51,6 +56,11 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 HELDOUT_SEED = 0  # of the order of held-out rows, in every run
+DECAYS: dict[str, Callable[[float], float]] = {  # over a budget of tokens, by the share of it that is spent
+    "constant": lambda spent: 1.0,
+    "cosine": lambda spent: 0.5 * (1.0 + math.cos(math.pi * spent)),
+    "linear": lambda spent: 1.0 - spent,
+}
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 
 
@@ -73,6 +83,9 @@ class PretrainStage(Stage[PretrainConfig]):
         self.barrier()
         mixture = Mixture(config.data.train, config.seed)
         config = config.with_steps(mixture.epoch_rows)
+        budget, before = config.data.token_budget, complete_checkpoints(checkpoints)
+        if budget and before and tokens_seen(before[-1]) >= budget:  # only the artifact is missing
+            config = replace(config, trainer=replace(config.trainer, max_steps=checkpoint_step(before[-1])))
         pipeline = PretrainPipeline(config, mixture, self.rank, self.world_size, self.device_type)
         pipeline.main()
         if not pipeline.finished:
@@ -89,7 +102,8 @@ class PretrainStage(Stage[PretrainConfig]):
                 "max_length": config.data.max_length,
                 "hidden_size": pipeline.model.config.get_text_config().hidden_size,
                 "target_grid": TARGET_GRID,
-                "steps": config.trainer.max_steps,
+                "steps": pipeline.trainer.state.global_step,
+                "tokens": pipeline.guard.tokens_seen,
                 # Throughput stays in metrics.jsonl: details enter the artifact's fingerprint.
                 "metrics": latest(self.run_dir, "train/") | latest(self.run_dir, "heldout/"),
             }
@@ -141,7 +155,12 @@ class PretrainPipeline(SwiftSft):
         for source, count in zip(mixture.spec.sources, mixture.counts, strict=True):
             log.info("%d rows of an epoch from %s", count, source.path)
         epochs = num_samples / mixture.epoch_rows
-        log.info("%d steps are %.2f epochs of %d rows", trainer.max_steps, epochs, mixture.epoch_rows)
+        if data.token_budget:
+            log.info(
+                "%d tokens, in as many steps as that takes; an epoch has %d rows", data.token_budget, mixture.epoch_rows
+            )
+        else:
+            log.info("%d steps are %.2f epochs of %d rows", trainer.max_steps, epochs, mixture.epoch_rows)
         self.quarantine = self._quarantine(mixture)
         stream = MessageStream(
             mixture,
@@ -180,7 +199,10 @@ class PretrainPipeline(SwiftSft):
         directory = config.run_dir / CHECKPOINTS
         checkpoints = complete_checkpoints(directory)
         start_step = checkpoint_step(checkpoints[-1]) if checkpoints else 0
-        guard = StepGuard(self.accumulation, start_step, self.model.config.image_token_id)
+        budget = config.data.token_budget
+        self.guard = guard = StepGuard(self.accumulation, start_step, self.model.config.image_token_id, budget)
+        if budget:
+            schedule_by_tokens(trainer, guard, config.optim)
         metrics = MetricsLogger(config.run_dir, config.logger, self.rank, start_step)
         step_metrics = StepMetrics(guard, metrics, config.trainer, lambda: trainer.optimizer.param_groups[0]["lr"])
         # DeepSpeed's own files hold the weights; swift's copy would gather them all and take their space once more.
@@ -191,14 +213,14 @@ class PretrainPipeline(SwiftSft):
             self.average = WeightAverage(self.model, config.average.decay, self.rank, self.world_size)
             trainer.add_callback(Averaging(self.average, directory))
         exported = self.average if config.average.export == "average" else None
-        trainer.add_callback(HeldoutLoss(self.model, self._heldout_batches(), metrics, config.heldout, exported))
+        trainer.add_callback(HeldoutLoss(guard, self.model, self._heldout_batches(), metrics, config.heldout, exported))
         trainer.add_callback(StepCheckpoints(guard, directory, config.trainer))
         self.template.on_loss = guard.on_loss
         self.trainer = trainer
         parameters = list(self.model.parameters())
         log.info(
             "%d parameters in %s, %d of them trained, %d processes, %d samples per pass and process, ZeRO stage %d, "
-            "step %d of %d",
+            "step %d of %s",
             sum(parameter.numel() for parameter in parameters),
             config.trainer.precision,
             sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
@@ -206,14 +228,17 @@ class PretrainPipeline(SwiftSft):
             config.trainer.micro_batch_size,
             config.trainer.zero_stage,
             start_step,
-            config.trainer.max_steps,
+            config.trainer.max_steps if not budget else f"{budget} tokens",
         )
         guard.listen()
         try:
             trainer.train(str(checkpoints[-1]) if checkpoints else None)
         finally:
             metrics.close()
-        self.finished = trainer.state.global_step >= config.trainer.max_steps
+        self.finished = guard.is_last(trainer.state)
+        step, rows = trainer.state.global_step, trainer.state.global_step * config.trainer.global_batch_size
+        epochs = rows / self.mixture.epoch_rows
+        log.info("trained on %d tokens of %d rows in %d steps, %.2f epochs", guard.tokens_seen, rows, step, epochs)
         if num_bad := len(self.quarantine):
             log.warning("%d rows were bad and others took their places; %s names them", num_bad, QUARANTINE)
         return {}
@@ -242,6 +267,25 @@ class PretrainPipeline(SwiftSft):
             averaged = self.average.gather()  # of what is trained
             weights = {**weights, **averaged} if self.rank == 0 else weights
         return weights
+
+
+def schedule_by_tokens(trainer: Any, guard: StepGuard, optim: OptimConfig) -> None:
+    """Let the learning rate follow the budget of tokens: warmed up by steps, and decayed by the share that is spent.
+
+    Swift makes its own schedule, by steps, when training starts; here they are only a bound.
+    """
+    create = trainer.create_scheduler
+
+    def factor(step: int) -> float:
+        warmup = min(1.0, step / optim.warmup_steps) if optim.warmup_steps else 1.0
+        return warmup * DECAYS[optim.schedule](guard.spent)
+
+    def create_scheduler(num_training_steps: int, optimizer: Any = None) -> Any:
+        scheduler = create(num_training_steps, optimizer)
+        scheduler.lr_lambdas = [factor for _ in scheduler.base_lrs]
+        return scheduler
+
+    trainer.create_scheduler = create_scheduler
 
 
 def swift_arguments(config: PretrainConfig, accumulation: int, deepspeed_path: Path, device_type: str) -> list[str]:

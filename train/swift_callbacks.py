@@ -33,6 +33,7 @@ from train.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
 
+TOKENS_SEEN = "tokens_seen"  # of a run, in its checkpoints
 COMPLETE = "complete"  # an empty file that is written into a checkpoint when all ranks are done with it
 
 
@@ -118,12 +119,14 @@ class HeldoutLoss(TrainerCallback):
 
     def __init__(
         self,
+        guard: "StepGuard",
         model: NexusGenForConditionalGeneration,
         batches: list[dict[str, Tensor]],
         metrics: MetricsLogger,
         config: HeldoutConfig,
         average: WeightAverage | None,
     ) -> None:
+        self._guard = guard
         self._model = model
         self._batches = batches
         self._metrics = metrics
@@ -132,7 +135,8 @@ class HeldoutLoss(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         every = self._config.every_steps
-        if self._batches and (state.global_step == state.max_steps or (every > 0 and state.global_step % every == 0)):
+        due = every > 0 and state.global_step % every == 0
+        if self._batches and (due or self._guard.is_last(state)):
             self._metrics.log(state.global_step, self.measure())
 
     @torch.no_grad()
@@ -185,14 +189,17 @@ class StepGuard:
 
     One reduction serves both. It runs in the forward of the step's last micro-batch: DeepSpeed steps its optimizer
     inside the backward pass, so every later hook would be too late for a loss that is not finite.
+    token_budget: tokens to train on; 0 where the trainer's steps say how long. The step that reaches it is the last.
     """
 
-    def __init__(self, accumulation: int, start_step: int, image_token_id: int) -> None:
+    def __init__(self, accumulation: int, start_step: int, image_token_id: int, token_budget: int = 0) -> None:
         self.stopping = False  # a rank has received a SIGTERM
         self.task_sums: list[float] = []  # of the last step, `TaskSums` over its micro-batches on all ranks
         self._image_token_id = image_token_id
         self.losses: dict[str, float] = {}  # of the last step, means over its micro-batches on all ranks
         self.num_tokens = 0  # of the last step, on all ranks, without padding
+        self.tokens_seen = 0  # of all steps, those before a resumption too
+        self.token_budget = token_budget
         self._accumulation = accumulation
         self._micro_batches = start_step * accumulation
         self._sums: torch.Tensor | float = 0.0
@@ -201,6 +208,15 @@ class StepGuard:
     def listen(self) -> None:
         """Remember a SIGTERM from now on, so that training can finish its step and save."""
         signal.signal(signal.SIGTERM, self._receive)
+
+    def is_last(self, state: TrainerState) -> bool:
+        """Whether training ends with the step that is done, by its steps or by its tokens."""
+        return state.global_step >= state.max_steps or self.spent >= 1
+
+    @property
+    def spent(self) -> float:
+        """Of the budget of tokens, from 0 to 1; 0 where there is none."""
+        return min(1.0, self.tokens_seen / self.token_budget) if self.token_budget else 0.0
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
@@ -228,6 +244,7 @@ class StepGuard:
         self.losses = {name: value / num_micro_batches for name, value in zip(names, sums, strict=False)}
         self.task_sums = sums[len(names) :]
         self.num_tokens = int(num_tokens)
+        self.tokens_seen += self.num_tokens
         self.stopping = stop > 0
         if not math.isfinite(self.losses["train/loss"]):
             values = ", ".join(f"{name} {value}" for name, value in self.losses.items())
@@ -241,8 +258,8 @@ class StepGuard:
 class StepMetrics(TrainerCallback, ExportableState):
     """Losses, learning rate, gradient norm and throughput into the MetricsLogger; a progress bar on rank zero.
 
-    learning_rate: tells the rate that the coming step will use. The losses of the interval under way are kept in
-    checkpoints, so that a resumed run logs those of an uninterrupted one.
+    learning_rate: tells the rate that the coming step will use. The losses of the interval under way and the tokens
+    seen are kept in checkpoints, so that a resumed run logs those of an uninterrupted one.
     """
 
     def __init__(
@@ -263,16 +280,23 @@ class StepMetrics(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What the trainer writes into a checkpoint; it would restore it only by building this object anew."""
-        return {"args": {}, "attributes": {"losses": self._losses, "task_sums": self._task_sums}}
+        attributes = {"losses": self._losses, "task_sums": self._task_sums, TOKENS_SEEN: self._guard.tokens_seen}
+        return {"args": {}, "attributes": attributes}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         states: Any = state.stateful_callbacks  # by name, once the trainer has taken them from its list
         attributes = states[type(self).__name__]["attributes"]
         self._losses, self._task_sums = list(attributes["losses"]), list(attributes["task_sums"])
+        self._guard.tokens_seen = attributes[TOKENS_SEEN]
         self._since = time.monotonic()
         if state.is_world_process_zero:
             # disable=None: no bar where nobody watches; the log lines below are then all there is.
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None)
+            tokens, budget = self._guard.tokens_seen, self._guard.token_budget
+            self._bar = (
+                tqdm(total=budget, initial=tokens, unit="token", unit_scale=True, disable=None)
+                if budget
+                else tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None)
+            )
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._rate = self._learning_rate()  # at the end of the step the schedule has moved on
@@ -284,9 +308,9 @@ class StepMetrics(TrainerCallback, ExportableState):
         self._num_tokens += self._guard.num_tokens
         self._timed_steps += 1
         if self._bar is not None:
-            self._bar.update()
+            self._bar.update(self._guard.num_tokens if self._guard.token_budget else 1)
         due = state.global_step % self._config.log_every_steps == 0
-        control.should_log = due or self._guard.stopping or state.global_step == state.max_steps
+        control.should_log = due or self._guard.stopping or self._guard.is_last(state)
 
     def on_log(
         self,
@@ -302,14 +326,17 @@ class StepMetrics(TrainerCallback, ExportableState):
         now = time.monotonic()
         elapsed_s = now - self._since
         step_s = elapsed_s / self._timed_steps
+        tokens_per_s, left = self._num_tokens / elapsed_s, state.max_steps - state.global_step
+        tokens_left = max(0, self._guard.token_budget - self._guard.tokens_seen)
         self._last = {
             **{name: sum(losses[name] for losses in self._losses) / len(self._losses) for name in self._losses[0]},
             **TaskSums.means(self._task_sums, "train"),
             "train/lr": self._rate,
             **self._gradient_norm(logs or {}),
+            "train/tokens_seen": self._guard.tokens_seen,
             "perf/samples_per_s": self._config.global_batch_size / step_s,
-            "perf/tokens_per_s": self._num_tokens / elapsed_s,
-            "perf/eta_s": (state.max_steps - state.global_step) * step_s,
+            "perf/tokens_per_s": tokens_per_s,
+            "perf/eta_s": tokens_left / tokens_per_s if self._guard.token_budget else left * step_s,
         }
         self._metrics.log(state.global_step, self._last)
         if state.is_world_process_zero:
@@ -331,7 +358,10 @@ class StepMetrics(TrainerCallback, ExportableState):
             self._bar.set_postfix_str(f"text {text:.4f}, image {image:.4f}, {rate:.1f} samples/s", refresh=False)
             return
         left = timedelta(seconds=round(self._last["perf/eta_s"]))
-        step = f"step {state.global_step}/{state.max_steps}"
+        budget = self._guard.token_budget
+        step = f"step {state.global_step}" + (
+            f", {self._guard.spent:.1%} of {budget} tokens" if budget else f"/{state.max_steps}"
+        )
         log.info("%s: text loss %.4f, image loss %.4f, %.1f samples/s, %s left", step, text, image, rate, left)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -353,8 +383,9 @@ class StepCheckpoints(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step, every = state.global_step, self._config.checkpoint_every_steps
         due = every > 0 and step % every == 0
-        control.should_save = due or self._guard.stopping or step == state.max_steps
-        if self._guard.stopping:
+        is_last = self._guard.is_last(state)
+        control.should_save = due or self._guard.stopping or is_last
+        if self._guard.stopping or is_last:
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -376,6 +407,12 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 def checkpoint_step(path: Path) -> int:
     """The optimizer steps done before this checkpoint."""
     return int(path.name.rsplit("-", 1)[1])
+
+
+def tokens_seen(checkpoint: Path) -> int:
+    """The tokens trained on before this checkpoint, all ranks together."""
+    states: Any = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).stateful_callbacks
+    return int(states[StepMetrics.__name__]["attributes"][TOKENS_SEEN])
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:

@@ -74,8 +74,13 @@ def test_help_and_config_errors_import_no_torch(arguments: list[str]) -> None:
         (["run", "stage=pretrain", "trainer.max_steps"], "'trainer.max_steps' is not key=value"),
         (
             ["run", "stage=pretrain", "data.num_epochs=2"],
-            "data.num_epochs is 2 and trainer.max_steps 800",
+            "data.num_epochs is 2, data.token_budget 0 and trainer.max_steps 800; one of them",
         ),
+        (
+            ["run", "stage=pretrain", "data.token_budget=90000", "data.num_epochs=1", "trainer.max_steps=0"],
+            "data.num_epochs is 1, data.token_budget 90000 and trainer.max_steps 0; one of them",
+        ),
+        (["run", "stage=pretrain", "trainer.max_steps=0"], "trainer.max_steps 0; one of them says how long to train"),
         (["run", "stage=pretrain", "data=messages"], "needs data.train=..."),
         (["run", "stage=pretrain", "from=embed_generation"], "from=... goes with pipeline=..."),
         (["run", "pipeline=tiny", "from=embed"], "from=embed is not a stage of pipeline=tiny"),

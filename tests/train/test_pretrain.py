@@ -135,7 +135,19 @@ def test_checkpoints_are_due_every_few_steps_and_after_the_last(step: int, saved
     control = TrainerControl()
     state = TrainerState(global_step=step, max_steps=12)
     StepCheckpoints(StepGuard(1, 0, IMAGE), tmp_path, trainer).on_step_end(None, state, control)
-    assert control.should_save == saved and not control.should_training_stop
+    assert control.should_save == saved and control.should_training_stop == (step == 12)
+
+
+def test_a_budget_of_tokens_ends_training_with_the_step_that_reaches_it(tmp_path: Path) -> None:
+    guard = StepGuard(accumulation=2, start_step=0, image_token_id=IMAGE, token_budget=20)
+    trainer: Any = SimpleNamespace(checkpoint_every_steps=0, keep_checkpoints=1)
+    checkpoints, control = StepCheckpoints(guard, tmp_path, trainer), TrainerControl()
+    for step, (tokens, is_last) in enumerate([((9, 2), False), ((8, 1), True)], start=1):
+        for num_tokens in tokens:
+            guard.on_loss(outputs(1.0, 1.0), inputs(num_tokens))
+        checkpoints.on_step_end(None, TrainerState(global_step=step, max_steps=1000), control)
+        assert control.should_training_stop == control.should_save == is_last
+    assert guard.tokens_seen == 20
 
 
 def test_a_checkpoint_counts_when_all_ranks_are_done_and_older_ones_go_only_then(tmp_path: Path) -> None:

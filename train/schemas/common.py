@@ -123,11 +123,11 @@ class TrainerConfig:
             )
         return self.global_batch_size // per_pass
 
-    def check(self, world_size: int, by_epochs: bool = False) -> None:
+    def check(self, world_size: int, by_steps: bool = True) -> None:
         one_of("trainer.precision", self.precision, "float32", "tf32", "bfloat16")
         one_of("trainer.zero_stage", self.zero_stage, 0, 1, 2, 3)
         positive("trainer", self, "micro_batch_size", "global_batch_size", "log_every_steps", "keep_checkpoints")
-        if not by_epochs:
+        if by_steps:
             positive("trainer", self, "max_steps")
         self.accumulation(world_size)
 
@@ -212,9 +212,10 @@ class MessagesConfig:
 
     max_length: tokens of a row after image resizing; a longer row is bad, never cut. max_bad_fraction: of the rows read
     so far (a thousand at least); bad rows are quarantined and replaced, and past this rate the run stops.
-    num_epochs: passes over the dataset, or epochs of the mixture, in place of trainer.max_steps (one of
-    the two is 0). dynamic_targets: target images keep their aspect about, in grids of at most 81 tokens.
-    consistent_edit_scale: pictures of user turns are seen in the size of the target image that follows.
+    num_epochs: passes over the dataset, or epochs of the mixture. token_budget: tokens to train on, of resized pictures
+    too and without padding. Each in place of trainer.max_steps; of the three, two are 0. dynamic_targets: target images
+    keep their aspect about, in grids of at most 81 tokens. consistent_edit_scale: pictures of user turns are seen in
+    the size of the target image that follows.
     """
 
     max_length: int
@@ -223,5 +224,6 @@ class MessagesConfig:
     consistent_edit_scale: bool
     max_bad_fraction: Annotated[float, RUNTIME]
     num_epochs: float
+    token_budget: int
     train: PathStr
     heldout: PathStr

@@ -186,12 +186,14 @@ class PretrainConfig(StageConfig):
     def check(self) -> None:
         super().check()
         self.optim.check()
-        self.trainer.check(self.launch.world_size, by_epochs=self.data.num_epochs > 0)
-        if self.data.num_epochs and (self.data.num_epochs < 0 or self.trainer.max_steps):
+        lengths = (self.data.num_epochs, self.data.token_budget, self.trainer.max_steps)
+        if min(lengths) < 0 or sum(length > 0 for length in lengths) != 1:
+            epochs, tokens, steps = lengths
             raise UserError(
-                f"data.num_epochs is {self.data.num_epochs:g} and trainer.max_steps {self.trainer.max_steps}; one says "
-                "how long to train: give trainer.max_steps=0 with epochs, data.num_epochs=0 with steps"
+                f"data.num_epochs is {epochs:g}, data.token_budget {tokens} and trainer.max_steps {steps}; one of them "
+                "says how long to train and must be above 0: set the other two to 0"
             )
+        self.trainer.check(self.launch.world_size, by_steps=self.trainer.max_steps > 0)
         self.logger.check()
         self.average.check()
         one_of("objective.target_inputs", self.objective.target_inputs, "prefill", "embeddings")
@@ -200,10 +202,14 @@ class PretrainConfig(StageConfig):
             raise UserError(f"data.max_bad_fraction is {self.data.max_bad_fraction}; it must be in [0, 1)")
 
     def with_steps(self, epoch_rows: int) -> "PretrainConfig":
-        """This config with trainer.max_steps said by data.num_epochs where that is in force; the last step is whole."""
-        if not self.data.num_epochs:
+        """This config with trainer.max_steps said by data.num_epochs where that is in force; the last step is whole.
+
+        By data.token_budget it is a bound, which rows of one token would reach.
+        """
+        if self.trainer.max_steps:
             return self
-        steps = math.ceil(self.data.num_epochs * epoch_rows / self.trainer.global_batch_size)
+        rows = self.data.num_epochs * epoch_rows or self.data.token_budget
+        steps = math.ceil(rows / self.trainer.global_batch_size)
         return replace(self, trainer=replace(self.trainer, max_steps=steps))
 
     def inputs(self) -> dict[str, Path]:
