@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_gen.specs.artifact import MANIFEST, Manifest, fingerprint_inside
-from nexus_gen.specs.models import ModelPaths
+from nexus_gen.specs.models import DECODER_KINDS, ModelPaths
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def evaluations_of(run: Path, parts: list[Part]) -> tuple[list[Evaluation], list
         manifest = Manifest.load(file.parent)
         if manifest.kind != "evaluation":
             continue
-        if all(manifest.inputs.get(role, ours[role]) == ours[role] for role in ours):
+        roles = manifest.inputs.keys() & {"autoregressive", *DECODER_KINDS}
+        if all(manifest.inputs[role] == ours.get(role) for role in roles):
             current.append(Evaluation(manifest.config["split"], file.parent, manifest.details["scores"]))
         else:
             stale.append(file.parent)

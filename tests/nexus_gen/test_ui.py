@@ -20,6 +20,7 @@ from runs import NEXUS_GEN, nexus_gen
 
 from nexus_gen.ui_words import CHINESE, ENGLISH
 
+pytestmark = pytest.mark.xdist_group("ui")  # one server for all of them
 SAMPLING = {"seed": 1, "new_seed": False, "steps": 2, "cfg_scale": 1.0, "embedded_guidance": 3.5}
 ENGLISH_PAGE = {"language": "en"}
 
