@@ -60,7 +60,7 @@ def serve(served: ServedPaths, device: str, listener: socket.socket) -> None:
     @asynccontextmanager
     async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
         yield
-        page.stop_all()
+        page.tasks.stop_all()
 
     app = gr.mount_gradio_app(
         fastapi.FastAPI(lifespan=lifespan),

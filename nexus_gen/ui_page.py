@@ -3,159 +3,44 @@
 Importing this module reads GRADIO_TEMP_DIR, which nexus_gen.ui sets.
 """
 
-import logging
-import random
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from nexus_gen.served import ServedModels, ServedPaths, guided
-from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.examples import Example, examples_of
 from nexus_gen.specs.images import EncodedImage, open_image
 from nexus_gen.specs.models import DECODER_KINDS
-from nexus_gen.specs.prompts import language_of
 from nexus_gen.ui_about import about
 from nexus_gen.ui_parts import Picture, save_picture
+from nexus_gen.ui_tasks import MAX_CHARACTERS, MAX_SEED, Tasks
 from nexus_gen.ui_words import ENGLISH, INSTRUCTIONS, PROMPTS, QUESTIONS, SWITCH, WORDS, Words
 
-log = logging.getLogger(__name__)
-
 GENERATION_DECODER, EDITING_DECODER = DECODER_KINDS
-MAX_CHARACTERS = 2000  # of a prompt
-MAX_ANSWER_TOKENS = 256
 MAX_STEPS = 200
-MAX_SEED = 2**32 - 1
 MAX_WAITING = 16  # requests in the queue; the next one is told to come back
-MAX_HISTORY = 48  # pictures of a session
 MAX_SESSIONS = 200  # of which the server remembers anything
 SECONDS_KEPT = 24 * 3600  # of uploaded and painted files
 SOURCES = ["upload", "clipboard"]
 SMALL = 256  # pixels: pictures below are shown with their pixels to be seen
 
-History = list[tuple[str, str]]  # (file, caption) of a picture
-Report = Callable[[str, int, int], None]  # (what is done, how far, of how many)
-
-
-class Stopped(Exception):
-    """Raised inside a model's work when the person asked to stop it."""
-
 
 class Page:
-    """Builds the page in `blocks`; its methods answer what happens on it."""
+    """Builds the page in `blocks`."""
 
     def __init__(self, served: ServedPaths, models: ServedModels) -> None:
         self.served = served
         self.models = models
-        self.running: dict[str | None, threading.Event] = {}  # session -> set to stop what it runs
+        self.tasks = Tasks(models)
         self.spoken: list[tuple[Any, dict[str, Callable[[Words], Any]]]] = []
         self.examples = examples_of(served.run)
         with gr.Blocks(title="nexus-gen", analytics_enabled=False, delete_cache=(600, SECONDS_KEPT)) as self.blocks:
             self._build()
         self.blocks.state_session_capacity = MAX_SESSIONS
         self.blocks.queue(max_size=MAX_WAITING, api_open=False)
-
-    # What the page does
-
-    def understand(
-        self,
-        picture: EncodedImage | None,
-        question: str,
-        language: str,
-        history: History,
-        request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for it there
-    ) -> tuple[str, History]:
-        """Answer a question about a picture. language: of the page's own words and errors, en or zh."""
-        words = WORDS[language]
-        with self._work(words, request, progress) as report:
-            opened, question = self._opened(picture, words), checked(question, words)
-            report(words.looking, 0, MAX_ANSWER_TOKENS)
-            answer = self.models.reader.understand(
-                opened, question, MAX_ANSWER_TOKENS, partial(report, words.answering)
-            )
-        shown = save_picture(opened)
-        return answer, remember(history, shown, f"{question} {answer}")
-
-    def generate(
-        self,
-        prompt: str,
-        seed: int | None,
-        new_seed: bool,
-        steps: int,
-        cfg_scale: float,
-        embedded_guidance: float,
-        language: str,
-        history: History,
-        request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> tuple[str, int, History]:
-        """Paint a picture from a prompt; returns it and the seed of its noise."""
-        words = WORDS[language]
-        with self._work(words, request, progress) as report:
-            prompt = checked(prompt, words)
-            seed = pick(seed, new_seed)
-            report(words.imagining, 0, steps)
-            picture = self.models.models[GENERATION_DECODER].generate(
-                prompt,
-                language_of(prompt),
-                seed=seed,
-                num_inference_steps=steps,
-                cfg_scale=cfg_scale,
-                embedded_guidance=embedded_guidance,
-                progress=partial(report, words.painting),
-            )
-        file = save_picture(picture)
-        return file, seed, remember(history, file, f"{prompt} ({words.seed} {seed})")
-
-    def edit(
-        self,
-        picture: EncodedImage | None,
-        instruction: str,
-        decoder: str,
-        seed: int | None,
-        new_seed: bool,
-        steps: int,
-        cfg_scale: float,
-        embedded_guidance: float,
-        language: str,
-        history: History,
-        request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> tuple[str, int, History]:
-        """Repaint a picture by an instruction; returns the result and the seed of its noise."""
-        words = WORDS[language]
-        with self._work(words, request, progress) as report:
-            opened, instruction = self._opened(picture, words), checked(instruction, words)
-            seed = pick(seed, new_seed)
-            report(words.imagining, 0, steps)
-            edited = self.models.models[decoder].edit(
-                opened,
-                instruction,
-                language_of(instruction),
-                seed=seed,
-                num_inference_steps=steps,
-                cfg_scale=cfg_scale,
-                embedded_guidance=embedded_guidance,
-                progress=partial(report, words.painting),
-            )
-        file = save_picture(edited)
-        return file, seed, remember(history, file, f"{instruction} ({words.seed} {seed})")
-
-    def stop(self, request: gr.Request) -> None:
-        """End what this session runs, at its next step; Gradio takes what it has waiting out of the queue."""
-        if (running := self.running.get(request.session_hash)) is not None:
-            running.set()
-
-    def stop_all(self) -> None:
-        for running in list(self.running.values()):
-            running.set()
 
     def speak(self, language: str) -> list[dict[str, Any]]:
         """The page's words in a language, as updates of everything in `spoken`."""
@@ -166,36 +51,6 @@ class Page:
         """Begin in the language that the browser asks for."""
         language = "zh" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"
         return [language, *self.speak(language)]
-
-    @contextmanager
-    def _work(self, words: Words, request: gr.Request, progress: gr.Progress) -> Iterator[Report]:
-        """One request at the models: told how far it is, ended by `stop`, and whose errors are sentences."""
-        stop = self.running[request.session_hash] = threading.Event()
-
-        def report(what: str, done: int, total: int) -> None:
-            if stop.is_set():
-                raise Stopped
-            progress((done, total), desc=what)
-
-        try:
-            with self.models.lock:
-                yield report
-        except Stopped:
-            raise gr.Error(words.stopped, print_exception=False) from None
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        except Exception as error:
-            log.exception("a request failed")
-            raise gr.Error(words.failed, print_exception=False) from error
-        finally:
-            self.running.pop(request.session_hash, None)
-
-    def _opened(self, picture: EncodedImage | None, words: Words) -> Image.Image:
-        if picture is None:
-            raise UserError(words.no_picture)
-        return open_image(picture)
-
-    # How the page looks
 
     def _build(self) -> None:
         with gr.Row(equal_height=True):
@@ -238,7 +93,7 @@ class Page:
         everything = [component for component, _ in self.spoken]
         self.language.change(self.speak, self.language, everything, queue=False, api_visibility="private")
         self.blocks.load(self.greet, None, [self.language, *everything], queue=False, api_visibility="private")
-        self.blocks.unload(self.stop)
+        self.blocks.unload(self.tasks.stop)
 
     def _add(self, kind: Callable[..., Any], said: Mapping[str, str | Callable[[Words], Any]], **options: Any) -> Any:
         """A component whose words follow the language. said: its option -> field of Words, or what makes it of them."""
@@ -255,7 +110,9 @@ class Page:
                 ask, stop = self._buttons("ask")
             answer = self._add(gr.Textbox, {"label": "answer"}, lines=6, interactive=False)
         self._examples("understanding", QUESTIONS, {"picture": picture, "question": question})
-        self._answer("understand", self.understand, [ask.click, question.submit], [picture, question], [answer], stop)
+        self._answer(
+            "understand", self.tasks.understand, [ask.click, question.submit], [picture, question], [answer], stop
+        )
         return picture
 
     def _generate_tab(self) -> tuple[Picture, list[gr.Button]]:
@@ -267,7 +124,7 @@ class Page:
             result, buttons = self._result()
         self._examples("generation", PROMPTS, {"prompt": prompt})
         triggers = [paint.click, prompt.submit]
-        self._answer("generate", self.generate, triggers, [prompt, *sampling], [result, sampling[0]], stop)
+        self._answer("generate", self.tasks.generate, triggers, [prompt, *sampling], [result, sampling[0]], stop)
         return result, buttons
 
     def _edit_tab(self) -> tuple[Picture, tuple[Picture, list[gr.Button]]]:
@@ -290,7 +147,7 @@ class Page:
         self._examples("editing", INSTRUCTIONS, {"source": picture, "instruction": instruction})
         decoder.change(self._defaults, decoder, sampling[2:], queue=False, api_visibility="private")
         triggers, inputs = [repaint.click, instruction.submit], [picture, instruction, decoder, *sampling]
-        self._answer("edit", self.edit, triggers, inputs, [result, sampling[0]], stop)
+        self._answer("edit", self.tasks.edit, triggers, inputs, [result, sampling[0]], stop)
         return picture, (result, buttons)
 
     def _classes(self) -> list[str]:
@@ -398,27 +255,8 @@ class Page:
             concurrency_limit=1,
         )
         event.success(list, self.history, self.gallery, queue=False, api_visibility="private")
-        stop.click(self.stop, queue=False, api_visibility="private")
+        stop.click(self.tasks.stop, queue=False, api_visibility="private")
         stop.click(None, cancels=[event])
-
-
-def checked(text: str, words: Words) -> str:
-    """A prompt without space around it; UserError when there is nothing or too much of it."""
-    text = text.strip()
-    if not text:
-        raise UserError(words.no_words)
-    if len(text) > MAX_CHARACTERS:
-        raise UserError(words.too_long.format(length=len(text), limit=MAX_CHARACTERS))
-    return text
-
-
-def pick(seed: int | None, new: bool) -> int:
-    return random.randint(0, MAX_SEED) if new or seed is None else seed
-
-
-def remember(history: History, file: str, caption: str) -> History:
-    """The session's pictures with one more in front; the oldest go."""
-    return [(file, caption), *history][:MAX_HISTORY]
 
 
 def send(tab: str, picture: EncodedImage | None) -> tuple[Any, Any]:
