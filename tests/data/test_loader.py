@@ -1,5 +1,6 @@
 """Shards and their loader: nothing lost or doubled, the same order everywhere, exact resume, damage found."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -11,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load
-from webdataset import WebDataset, split_by_node
+from safetensors.torch import load, save
+from webdataset import TarWriter, WebDataset, split_by_node
 
 from data.loader import ShardLoader
-from data.shards import ShardSpec, index_shard, read_sample, write_shard
-from nexus_gen.specs.artifact import Manifest, seal
+from data.quantize import quantize
+from data.shards import ShardSpec, index_shard, read_sample, save_samples, write_shard
+from nexus_gen.specs.artifact import Manifest, hash_file, seal
 from nexus_gen.specs.errors import UserError
 
 SIZES = (5, 7, 7, 3, 6)  # uneven on purpose
@@ -204,3 +206,24 @@ def test_shards_of_another_grid_are_refused(artifact: Path, wanted: dict[str, An
     with pytest.raises(UserError) as caught:
         ShardSpec.load(Manifest.load(artifact)).require(artifact, **wanted)
     assert sentence in str(caught.value)
+
+
+def test_samples_and_tars_are_byte_for_byte_those_of_the_libraries(tmp_path: Path) -> None:
+    """For every storage: 8-bit embeddings with scales, bfloat16 and float32 beside each other."""
+    values = torch.randn(5, 7, 8)
+    batch = {
+        **quantize("target_embeds", values, "int8"),
+        **quantize("source_embeds", values, "float8_e4m3fn"),
+        "predicted_embeds": values.bfloat16(),
+        "latents": values,
+    }
+    alone = [save({name: tensor[number].contiguous() for name, tensor in batch.items()}) for number in range(5)]
+    saved = save_samples(batch)
+    assert saved == alone
+    listing = write_shard(tmp_path / "ours.tar", [(f"{n:09d}", data, {"id": str(n)}) for n, data in enumerate(saved)])
+    with TarWriter(str(tmp_path / "theirs.tar"), encoder=False, mtime=0.0) as writer:
+        for number, facts in enumerate(listing.samples):
+            text = json.dumps(facts, ensure_ascii=False, sort_keys=True).encode()
+            writer.write({"__key__": f"{number:09d}", "safetensors": saved[number], "json": text})
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+    assert (listing.bytes, listing.sha256) == ((tmp_path / "ours.tar").stat().st_size, hash_file(tmp_path / "ours.tar"))
