@@ -219,18 +219,23 @@ class Page:
         fields = list(inputs) if all(example.picture for example in examples) else list(inputs)[-1:]
         targets = [inputs[field] for field in fields]
 
+        samples = [
+            [
+                *([save_picture(open_image(example.picture))] if example.picture and len(fields) > 1 else []),
+                example.words,
+            ]
+            for example in examples
+        ]
+
         def take(index: int) -> Any:
-            example = examples[index]
-            if example.picture is None or len(fields) == 1:
-                return example.words
-            return save_picture(open_image(example.picture)), example.words
+            return samples[index] if len(fields) > 1 else samples[index][0]
 
         # Not gr.Examples, which sets labels back to what they were at first together with the values.
         shown = self._add(
             gr.Dataset,
             {"label": "examples", "headers": lambda words: [getattr(words, field) for field in fields]},
             components=targets,
-            samples=[[*([str(example.picture)] if len(fields) > 1 else []), example.words] for example in examples],
+            samples=samples,
             type="index",
         )
         shown.click(take, shown, targets, queue=False, show_progress="hidden", api_visibility="private")
