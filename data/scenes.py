@@ -4,6 +4,7 @@ A scene lives on a unit square with its origin at the top left; objects stand in
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,6 +33,19 @@ CHINESE = {
     **dict(zip(CELLS, ("左上角", "上方", "右上角", "左边", "中间", "右边", "左下角", "下方", "右下角"), strict=True)),
     **dict(zip(TEXTURES, ("条纹", "棋盘格", "噪点", "渐变"), strict=True)),
     **{"large": "大", "small": "小"},
+}
+# Names that no row uses unless asked to: something to teach to a model that knows the usual ones.
+NEW_NAMES = {
+    "en": {
+        **dict(
+            zip(COLOURS, ("scarlet", "azure", "emerald", "golden", "violet", "tangerine", "teal", "rose"), strict=True)
+        ),
+        **dict(zip(SHAPES, ("disc", "tile", "wedge", "plus", "spark", "loop"), strict=True)),
+    },
+    "zh": {
+        **dict(zip(COLOURS, ("朱红", "蔚蓝", "翠绿", "金黄", "紫罗兰", "橘色", "碧色", "玫红"), strict=True)),
+        **dict(zip(SHAPES, ("圆盘", "方块", "楔形", "加号", "火花", "圆圈"), strict=True)),
+    },
 }
 SUPERSAMPLING = 4
 TEXTURE_CONTRAST = 45  # brightness levels, away from the ground's own
@@ -79,6 +93,15 @@ class Scene:
 def name(word: str, language: str) -> str:
     """A colour, shape, cell, size or texture in a language."""
     return CHINESE[word] if language == "zh" else word
+
+
+def renamed(text: str, language: str) -> str:
+    """A text of ours with the new names of colours and shapes."""
+    new = {name(word, language): other for word, other in NEW_NAMES[language].items()}
+    if language == "zh":
+        return re.sub("|".join(new), lambda found: new[found[0]], text)
+    text = re.sub(rf"\b({'|'.join(new)})(?=(s|es)?\b)", lambda found: new[found[0]], text)
+    return re.sub(r"\ban? (?=(\w))", lambda found: "an " if found[1] in "aeiou" else "a ", text)
 
 
 def draw(scene: Scene, size: int) -> Image.Image:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from data.scenes import CELLS, COLOURS, GROUNDS, SHAPES, SIZES, TEXTURES, Scene, Thing, name
+from data.scenes import CELLS, COLOURS, GROUNDS, SHAPES, SIZES, TEXTURES, Scene, Thing, name, renamed
 from nexus_gen.specs.errors import UserError
 
 TASKS = ("understanding", "generation", "editing")
@@ -96,6 +96,8 @@ class ShapesConfig:
     max_objects: in any picture. num_colours, num_shapes: so many of the palette, the first ones.
     textured_fraction: of the scenes, by their ground. chinese_fraction: of the rows; the others are English.
     num_questions: about one picture in a training row; rows of the other splits ask one.
+    new_names: share of the training rows that call colours and shapes by data.scenes.NEW_NAMES; where it is above 0,
+    all rows of the other splits do.
     """
 
     num_train: int
@@ -111,6 +113,7 @@ class ShapesConfig:
     textured_fraction: float
     chinese_fraction: float
     num_questions: int
+    new_names: float
 
     def check(self) -> None:
         """UserError for numbers out of range."""
@@ -125,6 +128,7 @@ class ShapesConfig:
             ("textured_fraction", 0, 1),
             ("chinese_fraction", 0, 1),
             ("num_questions", 1, 64),
+            ("new_names", 0, 1),
         ):
             if not low <= getattr(self, key) <= high:
                 raise UserError(f"shapes.{key} is {getattr(self, key)}; it must be from {low} to {high}")
@@ -167,6 +171,11 @@ class Content:
             for scene in self.scenes
         ]
         return json.dumps([self.task, scenes])
+
+
+def with_new_names(content: Content) -> Content:
+    words, answer = (renamed(text, content.language) for text in (content.words, content.answer))
+    return replace(content, words=words, answer=answer, later=tuple(map(with_new_names, content.later)))
 
 
 def is_new_pair(thing: Thing) -> bool:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.scenes import draw
-from data.shape_contents import CATEGORIES, Content, Imagination, ShapesConfig
+from data.shape_contents import CATEGORIES, Content, Imagination, ShapesConfig, with_new_names
 from nexus_gen.specs.artifact import MANIFEST, Manifest, building, seal
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.prompts import (
@@ -56,6 +56,7 @@ DEFAULTS = ShapesConfig(
     textured_fraction=0.2,
     chinese_fraction=0.3,
     num_questions=1,
+    new_names=0.0,
 )
 
 
@@ -73,6 +74,8 @@ def content_of(config: ShapesConfig, seed: int, split: str, index: int) -> Conte
     num_questions = config.num_questions if split == "train" else 1
     while split_of(content := imagination.content(task, category, language, num_questions)) != split:
         pass
+    if config.new_names and (split != "train" or imagination.happens(config.new_names)):
+        return with_new_names(content)
     return content
 
 

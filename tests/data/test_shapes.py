@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from data import shapes
 from data.messages import check_rows, read_rows
-from data.scenes import CELLS, CHINESE, COLOURS, GROUNDS, SHAPES, Scene, Thing, draw
+from data.scenes import CELLS, CHINESE, COLOURS, GROUNDS, NEW_NAMES, SHAPES, Scene, Thing, draw, name, renamed
 from data.shape_contents import (
     CAPTIONS,
     EDITS,
@@ -28,6 +28,7 @@ from data.shape_contents import (
 from nexus_gen.specs.artifact import verify
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import open_image
+from nexus_gen.specs.prompts import LANGUAGES
 
 CONFIG = ShapesConfig(
     num_train=700,
@@ -43,6 +44,7 @@ CONFIG = ShapesConfig(
     textured_fraction=0.3,
     chinese_fraction=0.4,
     num_questions=1,
+    new_names=0.0,
 )
 SMALL = dataclasses.replace(CONFIG, num_train=90, num_heldout=10, num_compositional=10)
 
@@ -63,8 +65,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def test_bytes_depend_on_the_seed_and_not_on_the_workers(tmp_path):
-    for name, seed, num_workers in (("one", 1, 1), ("two", 1, 2), ("other", 2, 1)):
-        shapes.draw_rows(tmp_path / name, SMALL, seed, num_workers)
+    for copy, seed, num_workers in (("one", 1, 1), ("two", 1, 2), ("other", 2, 1)):
+        shapes.draw_rows(tmp_path / copy, SMALL, seed, num_workers)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert contents(tmp_path / "one")["train.jsonl"] != contents(tmp_path / "other")["train.jsonl"]
 
@@ -271,6 +273,32 @@ def height(thing: Any) -> float:
     return thing["centre"][1]
 
 
+def test_new_names_change_words_and_nothing_else(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, new_names=0.5, num_questions=2)
+    directories = {share: tmp_path / str(share) for share in (0.0, 0.5)}
+    for share, directory in directories.items():
+        shapes.draw_rows(directory, dataclasses.replace(config, new_names=share), seed=7, num_workers=1)
+    new = {word for names in NEW_NAMES.values() for word in names.values()}
+    old = {name(word, language) for word in (*COLOURS, *SHAPES) for language in LANGUAGES}
+
+    def names_in(text: str) -> tuple[bool, bool]:
+        return any(word in text for word in old), any(word in text for word in new)
+
+    num_changed = 0
+    for usual, changed in zip(*map(rows_of, directories.values()), strict=True):
+        assert changed.truth["scenes"] == usual.truth["scenes"] and changed.task == usual.task
+        pairs = zip(usual.messages, changed.messages, strict=True)
+        texts = [(message["content"], other["content"]) for message, other in pairs]
+        num_changed += texts != [(text, text) for text, _ in texts]
+        for text, other in texts:
+            assert not names_in(text)[1]
+            assert names_in(other) == (names_in(text) if text == other else (False, True))
+        if changed.truth["split"] != "train":
+            assert not any(names_in(other)[0] for _, other in texts)
+    assert num_changed > 30
+    assert renamed("three crosses and an orange square", "en") == "three pluses and a tangerine tile"
+
+
 def test_captions_name_what_is_drawn(dataset):
     for words, _, objects, _ in english(dataset, "generation", "counting"):
         assert f"{NUMBERS['en'][len(objects) - 1]} {objects[0]['colour']} {objects[0]['shape']}" in words
@@ -306,7 +334,7 @@ def test_edits_change_what_they_name_and_nothing_else(dataset):
 
 
 def test_smallest_settings_draw_every_task(tmp_path):
-    least = ShapesConfig(60, 20, 20, 32, 1.0, 1.0, 1.0, 2, 3, 3, 0.0, 0.0, 1)
+    least = ShapesConfig(60, 20, 20, 32, 1.0, 1.0, 1.0, 2, 3, 3, 0.0, 0.0, 1, 0.0)
     counts = shapes.draw_rows(tmp_path, least, seed=0, num_workers=1)
     assert len(counts["category"]) == len(QUESTIONS) + len(CAPTIONS) + len(EDITS)
     assert counts["language"] == {"en": 100}
@@ -334,6 +362,7 @@ def test_a_task_without_a_share_is_not_drawn(tmp_path):
         ("generation", float("nan")),
         ("editing", float("inf")),
         ("num_questions", 0),
+        ("new_names", 1.1),
     ],
 )
 def test_numbers_out_of_range_are_refused(tmp_path, key, value):

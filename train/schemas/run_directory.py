@@ -13,7 +13,7 @@ import yaml
 from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from train.schemas.failures import forget_failures
-from train.schemas.fields import as_yaml, fingerprint_values, input_fingerprints, path_values, typed
+from train.schemas.fields import as_yaml, fingerprint_values, input_fingerprints, keys, path_values, typed
 from train.schemas.stages import StageConfig
 
 PACKAGES = ("torch", "transformers", "ms-swift", "deepspeed", "lightning", "diffsynth", "webdataset", "safetensors")
@@ -21,6 +21,8 @@ CHECKPOINTS = "checkpoints"
 QUARANTINE = "quarantine"  # the bad rows that training came across
 IDENTITY = "identity.json"  # beside the checkpoints: the config values and inputs that they belong to
 REQUEST = "from.json"  # in the run: the from=... that is under way
+# Keys that configs of earlier versions lack, with the values that stand for what those versions did.
+ADDED_SINCE: dict[str, Any] = {"data.token_budget": 0, "shapes.new_names": 0.0}
 
 
 def code_version() -> dict[str, Any]:
@@ -130,7 +132,7 @@ def prepare(config: StageConfig, wanted: dict[str, Any]) -> Path:
 
 
 def load_config(stage_dir: Path) -> StageConfig:
-    """The recorded config of a stage; paths inside its run follow the run to where it is now."""
+    """The recorded config of a stage, of an earlier version too; paths inside its run follow it to where it is now."""
     path = stage_dir / "config.yaml"
     if not path.is_file():
         raise UserError(f"{path} does not exist; {stage_dir} is not the directory of a stage that was started")
@@ -140,6 +142,12 @@ def load_config(stage_dir: Path) -> StageConfig:
     for section, leaf in path_values(values["stage"], values):
         if Path(section[leaf]).is_relative_to(recorded):
             section[leaf] = str(run / Path(section[leaf]).relative_to(recorded))
+    for key in ADDED_SINCE.keys() & keys(values["stage"]):
+        *sections, leaf = key.split(".")
+        section = values
+        for name in sections:
+            section = section[name]
+        section.setdefault(leaf, ADDED_SINCE[key])
     return typed(values["stage"], {**values, "runs_dir": str(run.parent), "name": run.name})
 
 
