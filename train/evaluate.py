@@ -18,7 +18,7 @@ from data.messages import Row, read_rows
 from nexus_gen.commands import add_model_arguments
 from nexus_gen.specs.artifact import Manifest, building, seal, write_text_atomic
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.models import DECODER_KINDS, ModelPaths
+from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, results_of
 from train.benchmarks import batches, noise_seed
 from train.evaluation_page import render, table
 from train.outcomes import Outcome, judge_answer, judge_editing, judge_generation, judge_reconstruction, scores_of
@@ -45,14 +45,16 @@ def parser() -> argparse.ArgumentParser:
         prog="nexus-gen evaluate",
         description="Score a run's models on rows with ground truth. Interrupted, the same command goes on.",
     )
-    result.add_argument("run", type=Path, help="run directory, such as runs/tiny")
+    result.add_argument("run", type=Path, nargs="?", default=default_run(), help="default: %(default)s")
     result.add_argument(
         "--split", default="heldout", choices=SPLITS, help="of the run's dataset (default: %(default)s)"
     )
     result.add_argument("--rows", type=Path, help="a JSONL file of rows with ground truth instead of a split")
     result.add_argument("--num", type=int, help="the first rows of each task (default: all)")
     result.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="default: all")
-    result.add_argument("--output", type=Path, help="directory to write (default: RUN/evaluation/SPLIT)")
+    result.add_argument(
+        "--output", type=Path, help="directory to write (default: RUN/evaluation/SPLIT; of what ships, under runs/)"
+    )
     result.add_argument("--batch-size", type=int, default=16, help="rows at a time (default: %(default)s)")
     result.add_argument("--seed", type=int, default=42, help="of the noise, with the row's id (default: %(default)s)")
     result.add_argument(
@@ -263,7 +265,7 @@ def main(argv: list[str]) -> int:
     options = ("num", "tasks", "seed", "editor", "num_inference_steps", "cfg_scale")
     settings = {"split": split, **{name: getattr(arguments, name) for name in options}}
     inputs = {"rows": fingerprint_path(rows), **models.inputs()}
-    output = arguments.output or arguments.run / "evaluation" / split
+    output = arguments.output or results_of(arguments.run) / "evaluation" / split
     if output.is_dir() and not (output / IDENTITY).is_file() and any(output.iterdir()):
         raise UserError(f"{output} holds something else; give --output with an empty or a new directory")
     code = code_version()

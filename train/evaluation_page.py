@@ -8,8 +8,7 @@ from PIL import Image
 
 from data.messages import Row
 from nexus_gen.specs.images import open_image
-from nexus_gen.specs.prompts import LANGUAGES
-from nexus_gen.specs.scores import in_unit
+from nexus_gen.specs.scores import in_unit, is_detail
 from train.outcomes import Outcome
 from train.report import template
 
@@ -20,7 +19,7 @@ def table(scores: Scores) -> str:
     """Name, value, 95% interval and number of samples of every score, without the details by language."""
     lines = [("score", "value", "95% interval", "rows")]
     for name, score in scores.items():
-        if not (set(name.split("/")[1:-1]) & set(LANGUAGES)) or name.endswith("/overall"):
+        if not is_detail(name):
             lines.append((name, *in_unit(name, score), str(score["count"])))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -40,7 +39,7 @@ class Line:
 def lines_of(phase: str, scores: Scores) -> tuple[list[str], list[Line]]:
     """(columns, lines) of one phase: everything, then each language."""
     names = [name.removeprefix(f"{phase}/") for name in scores if name.startswith(f"{phase}/")]
-    languages = [language for language in LANGUAGES if f"{language}/overall" in names]
+    languages = [name.removesuffix("/overall") for name in names if name.endswith("/overall")]
     labels = [name for name in names if name.split("/")[0] not in languages]
 
     def cell(name: str) -> tuple[str, str, int] | None:

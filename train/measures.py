@@ -51,6 +51,18 @@ def mean_of(scores: Sequence[Score]) -> Score:
     return Score(value, value - down, value + up, sum(score.count for score in scores))
 
 
+def difference(score: Score, other: Score) -> Score:
+    """How much larger one score is than another, as if they were independent; count is the smaller one.
+
+    Of scores on the same rows, which rise and fall together, the interval is too wide rather than too narrow.
+    Source: Newcombe 1998.
+    """
+    value = score.value - other.value
+    down = math.hypot(score.value - score.low, other.high - other.value)
+    up = math.hypot(score.high - score.value, other.value - other.low)
+    return Score(value, value - down, value + up, min(score.count, other.count))
+
+
 def average(values: Sequence[float]) -> Score:
     """The mean with its bootstrap percentile interval; the resamples are the same every time.
 

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from PIL import Image
 
 from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.models import default_run, results_of
+from train.gain import Gain, gains_of, summary
 from train.metrics import read_metrics
 from train.schemas.run_directory import load_config
-from train.schemas.stages import SCHEMAS
+from train.schemas.stages import SCHEMAS, DecoderConfig, StageConfig
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +124,20 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def render(run: Path, samples: Any, output: Path) -> None:
+def missing_start(configs: Sequence[StageConfig]) -> list[Path]:
+    """What training began with and is not there any more, as in a run that ships: nothing shows what was before."""
+    starts = []
+    for config in configs:
+        inputs = config.inputs()
+        init = [where for role, where in inputs.items() if role in ("model.qwen", "init.decoder", "init.transformer")]
+        if isinstance(config, DecoderConfig) and not (config.init.decoder or config.init.transformer):
+            flux = inputs["model.flux"]
+            init.append(flux if (flux / "transformer").is_dir() else flux / "flux1-dev.safetensors")
+        starts += init
+    return [where for where in starts if not where.exists()]
+
+
+def render(run: Path, samples: Any, with_start: bool, gains: list[Gain], output: Path) -> None:
     """Fill the template and write the page in one piece."""
     stages = stage_rows(run)
     page = template("report.html.j2").render(
@@ -130,14 +146,19 @@ def render(run: Path, samples: Any, output: Path) -> None:
         total=sum(stage.seconds for stage in stages),
         curves=loss_curves(run),
         samples=samples,
+        with_start=with_start,
+        gains=gains,
     )
     write_text_atomic(output, page)
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="nexus-gen report", description="Write one HTML page about a run.")
-    parser.add_argument("run", type=Path, help="run directory, such as runs/tiny")
-    parser.add_argument("--output", type=Path, help="the page (default: RUN/report.html)")
+    parser.add_argument("run", type=Path, nargs="?", default=default_run(), help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help="the page (default: RUN/report.html; of what ships, under runs/)")
+    parser.add_argument(
+        "--against", type=Path, metavar="EVALUATION", help="of other models on the same rows, to show what was gained"
+    )
     parser.add_argument("--num-samples", type=int, default=8, help="held-out rows per task (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     arguments = parser.parse_args(argv[1:])
@@ -150,18 +171,23 @@ def main(argv: list[str]) -> int:
     configs = [load_config(run / stage) for stage in LOSSES]
     for config in configs:
         for role, where in config.inputs().items():
-            if role not in ("data.train", "shards") and not where.exists():  # what only training reads
+            if role in ("data.heldout", "model.flux") and not where.exists():
                 raise UserError(f"{role} of {run / config.stage}, {where}, does not exist any more; put it back there")
     heldout = configs[0].inputs()["data.heldout"]
+    gains = gains_of(run, arguments.against) if arguments.against else []
     from train.report_samples import draw_samples  # loads torch: only once the arguments hold
 
-    output = arguments.output or run / "report.html"
-    render(run, draw_samples(run, heldout, arguments.num_samples, arguments.device), output)
+    output = arguments.output or results_of(run) / "report.html"
+    with_start = not missing_start(configs)
+    samples = draw_samples(run, heldout, arguments.num_samples, arguments.device, with_start)
+    render(run, samples, with_start, gains, output)
+    if gains:
+        print(summary(gains))
     print(f"report: {output.absolute()}")
     print("try next:")
     # As it can be typed here: `make demo` runs it from a virtual environment that is not activated.
     command = "nexus-gen" if shutil.which("nexus-gen") else os.path.relpath(Path(sys.executable).parent / "nexus-gen")
-    flag = "" if run == Path("runs/tiny") else f" --run {run}"
+    flag = "" if run == default_run() else f" --run {run}"
     print(f'  {command} generate --prompt "a red circle on a white background"{flag}')
     print(f'  {command} edit --input-image generation.png --instruction "make the circle blue"{flag}')
     print(f'  {command} understand --input-image generation.png --prompt "What colour is the circle?"{flag}')

@@ -1,6 +1,7 @@
 """What a run's models do with held-out rows, before and after training."""
 
 import dataclasses
+from itertools import zip_longest
 from pathlib import Path
 from typing import cast
 
@@ -26,7 +27,7 @@ class GenerationSample:
     """reconstruction: the trained decoder on the true picture's embeddings, so the decoder alone."""
 
     prompt: str
-    before: Image.Image
+    before: Image.Image | None
     after: Image.Image
     reconstruction: Image.Image
     truth: Image.Image
@@ -36,7 +37,7 @@ class GenerationSample:
 class EditingSample:
     instruction: str
     source: Image.Image
-    before: Image.Image
+    before: Image.Image | None
     editing_decoder: Image.Image
     generation_decoder: Image.Image
     truth: Image.Image
@@ -46,23 +47,30 @@ class EditingSample:
 class UnderstandingSample:
     question: str
     image: Image.Image
-    before: str
+    before: str | None
     after: str
     truth: str
 
 
 @dataclasses.dataclass
 class Samples:
+    """before: nowhere None, or everywhere, where what training started from is not there any more."""
+
     generation: list[GenerationSample]
     editing: list[EditingSample]
     understanding: list[UnderstandingSample]
 
 
-def models(run: Path, decoder: str, device: str) -> tuple[NexusGen, NexusGen]:
-    """(untrained, trained): the same classes, with the weights that the stages started from and ended with."""
+def models(run: Path, decoder: str, device: str, with_start: bool) -> tuple[NexusGen | None, NexusGen]:
+    """(untrained, trained): the same classes, with the weights that the stages started from and ended with.
+
+    with_start: without it, untrained is None.
+    """
     pretrain = cast(PretrainConfig, load_config(run / "pretrain"))
     decoder_config = cast(DecoderConfig, load_config(run / decoder))
     trained = NexusGen(ModelPaths.find(run, decoder=decoder, flux=Path(decoder_config.model.flux)), device)
+    if not with_start:
+        return None, trained
     untrained = NexusGen(trained.paths, device)
     untrained.autoregressive = load_autoregressive(
         pretrain.model.qwen, dtype=untrained.dtype, device=untrained.device, init_seed=pretrain.seed
@@ -73,14 +81,18 @@ def models(run: Path, decoder: str, device: str) -> tuple[NexusGen, NexusGen]:
 
 
 def first_rows(rows: list[Row], task: str, count: int) -> list[Row]:
-    """Held-out rows of a task whose reply holds at most one picture."""
-    return [row for row in rows if row.task == task and len(row.messages) == 2][:count]
+    """Held-out rows of a task whose reply holds at most one picture, of its categories in turn."""
+    fitting = [row for row in rows if row.task == task and len(row.messages) == 2]
+    turns: dict[str, list[Row]] = {}
+    for row in fitting:
+        turns.setdefault((row.truth or {}).get("category", ""), []).append(row)
+    return [row for turn in zip_longest(*turns.values()) for row in turn if row is not None][:count]
 
 
-def draw_samples(run: Path, heldout: Path, num_samples: int, device: str) -> Samples:
-    """Paint and answer the first held-out rows of each task; noise is the same before and after."""
+def draw_samples(run: Path, heldout: Path, num_samples: int, device: str, with_start: bool) -> Samples:
+    """Paint and answer held-out rows of each task; noise is the same before and after. with_start: see `models`."""
     rows = list(read_dataset(heldout))
-    untrained, trained = models(run, "generation_decoder", device)
+    untrained, trained = models(run, "generation_decoder", device, with_start)
     generation = []
     for row in first_rows(rows, "generation", num_samples):
         user, reply = (message["content"] for message in row.messages)
@@ -88,7 +100,7 @@ def draw_samples(run: Path, heldout: Path, num_samples: int, device: str) -> Sam
         generation.append(
             GenerationSample(
                 prompt=prompt_of(row),
-                before=untrained.paint(untrained.imagine(user, reply, []))[0],
+                before=untrained.paint(untrained.imagine(user, reply, []))[0] if untrained else None,
                 after=trained.paint(trained.imagine(user, reply, []))[0],
                 reconstruction=trained.paint(trained.target_embeds(truth))[0],
                 truth=truth,
@@ -102,23 +114,26 @@ def draw_samples(run: Path, heldout: Path, num_samples: int, device: str) -> Sam
             UnderstandingSample(
                 question=prompt_of(row),
                 image=images[0],
-                before=untrained.answer(user, list(images), MAX_ANSWER_TOKENS),
+                before=untrained.answer(user, list(images), MAX_ANSWER_TOKENS) if untrained else None,
                 after=trained.answer(user, list(images), MAX_ANSWER_TOKENS),
                 truth=reply,
             )
         )
-    untrained_editor, editor = models(run, "editing_decoder", device)
+    untrained_editor, editor = models(run, "editing_decoder", device, with_start)
     editing = []
     for row in first_rows(rows, "editing", num_samples):
         user, reply = (message["content"] for message in row.messages)
         source, truth = (open_image(path) for path in row.images)
         embeds, reference = editor.imagine(user, reply, [source]), editor.source_embeds(source)
-        before = untrained_editor.imagine(user, reply, [source])
+        before = None
+        if untrained_editor:
+            imagined = untrained_editor.imagine(user, reply, [source])
+            before = untrained_editor.paint(imagined, untrained_editor.source_embeds(source))[0]
         editing.append(
             EditingSample(
                 instruction=prompt_of(row),
                 source=source,
-                before=untrained_editor.paint(before, untrained_editor.source_embeds(source))[0],
+                before=before,
                 editing_decoder=editor.paint(embeds, reference)[0],
                 generation_decoder=trained.paint(embeds)[0],
                 truth=truth,

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nexus_gen.specs.artifact import MANIFEST, Manifest
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import LanguageGeometry, VisionGeometry
@@ -100,7 +102,7 @@ class ModelPaths:
         if (where / MANIFEST).is_file():
             details = Manifest.load(where).require(decoder, where).details
             where = where / DECODER_FILES[decoder]
-        flux = flux or run / "standins" / "artifact" / "FLUX.1-dev"
+        flux = flux or flux_of(run, decoder)
         if not flux.is_dir():
             raise UserError(
                 f"{flux} does not exist; give --flux with a FLUX.1-dev directory (its VAE and text encoders are needed)"
@@ -108,9 +110,26 @@ class ModelPaths:
         return ModelPaths(autoregressive, max_pixels, decoder, where, flux, details, consistent)
 
 
+def flux_of(run: Path, decoder: str) -> Path:
+    """The run's own stand-in of FLUX.1-dev, or what its decoder was trained with."""
+    own, config = run / "standins" / "artifact" / "FLUX.1-dev", run / decoder / "config.yaml"
+    if own.is_dir() or not config.is_file():
+        return own
+    return Path(yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["flux"])
+
+
 def default_run() -> Path:
     """The run that inference commands use unless given another: the weights that ship, or `tiny` where none do."""
-    return SHIPPED_RUN if SHIPPED_RUN.is_dir() else Path(os.environ.get("NEXUS_GEN_RUNS", "runs")) / "tiny"
+    return SHIPPED_RUN if SHIPPED_RUN.is_dir() else runs_dir() / "tiny"
+
+
+def results_of(run: Path) -> Path:
+    """Where a page or scores of a run go unless said otherwise: into it, but what ships stays as it is."""
+    return runs_dir() / run.name if run.resolve() == SHIPPED_RUN.resolve() else run
+
+
+def runs_dir() -> Path:
+    return Path(os.environ.get("NEXUS_GEN_RUNS", "runs"))
 
 
 def trained_details(autoregressive: Path) -> dict[str, Any]:

@@ -12,3 +12,9 @@ def in_unit(name: str, score: dict[str, Any]) -> tuple[str, str]:
         return f"{score['value']:.1%}", f"{score['low']:.1%} to {score['high']:.1%}"
     digits = 1 if unit else 3
     return f"{score['value']:.{digits}f} {unit}".strip(), f"{score['low']:.{digits}f} to {score['high']:.{digits}f}"
+
+
+def is_detail(name: str) -> bool:
+    """Whether a score is of one category in one language, such as editing/zh/move."""
+    phase, *rest = name.split("/")
+    return phase != "reconstruction" and len(rest) == 2 and rest[1] != "overall"
