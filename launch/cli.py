@@ -25,6 +25,7 @@ COMMANDS = {
     "models download": ("nexus_gen.model_commands", "fetch the released models, or say what there is (--dry-run)"),
     "models inspect": ("nexus_gen.model_commands", "what a checkpoint is, its layout and size, and what it lacks"),
     "models convert": ("nexus_gen.model_commands", "write a checkpoint in another layout"),
+    "models ship": ("train.ship", "cut a run down to what inference and finetuning read, in half precision"),
     "completion": ("launch.completion", "tab completion for bash: source <(nexus-gen completion)"),
     "evaluate": ("train.evaluate", "scores of a run's models on rows with ground truth, with a page of the failures"),
     "evaluate geneval": ("train.benchmarks", "paint prompts into the file layout of GenEval"),
