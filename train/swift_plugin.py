@@ -25,6 +25,7 @@ from train.message_stream import TooLong
 
 NAME = "nexus_gen"
 IMAGE_TOKEN = "<|image_pad|>"
+CACHED_TEXTS, CACHED_LENGTH = 4096, 256  # texts, and characters of one
 IMAGE_MARKUP = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
 
 
@@ -68,12 +69,23 @@ class NexusGenTemplate(Qwen2_5VLTemplate):
     on_loss: Callable[[NexusGenOutput, dict[str, Any]], None] | None = None
 
     def init_processor(self, processor: Any) -> None:
+        self._tokenized: dict[str, tuple[int, ...]] = {}
         if processor is not None and not self._processor_inited:
             # Swift keeps the ids of the released tokenizer as class constants, and a list shared by all templates.
             self.image_token_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
             self.video_token_id = processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")
             self.placeholder_tokens = [self.image_token_id, self.video_token_id]
         super().init_processor(processor)
+
+    def _tokenize(self, context: Any, **kwargs: Any) -> Any:
+        """Swift's; a call costs ten times what a short text does, and the words around turns return in every row."""
+        if kwargs or not isinstance(context, str) or len(context) > CACHED_LENGTH:
+            return super()._tokenize(context, **kwargs)
+        if context not in self._tokenized:
+            if len(self._tokenized) == CACHED_TEXTS:
+                self._tokenized.clear()
+            self._tokenized[context] = tuple(super()._tokenize(context))
+        return list(self._tokenized[context])
 
     def _preprocess_inputs(self, inputs: StdTemplateInputs) -> None:
         """Nothing: swift would shrink targets like other pictures, and read paths out of `<img>` in the text."""
@@ -86,7 +98,7 @@ class NexusGenTemplate(Qwen2_5VLTemplate):
         return contexts, list(loss_scale_list)
 
     def _encode(self, inputs: StdTemplateInputs) -> dict[str, Any]:
-        """input_ids and labels as lists of S, pixel_values (patches, values) and image_grid_thw (images, 3).
+        """input_ids and labels as lists of S, image_grid_thw (images, 3), and the resized `pictures` for the collator.
 
         Raises TooLong for a row of more than `max_length` tokens, and ValueError when the text itself
         holds an image token.
@@ -102,11 +114,11 @@ class NexusGenTemplate(Qwen2_5VLTemplate):
         images = resized(
             [open_image(image) for image in inputs.images], [role == "assistant" for role in roles], sizing
         )
-        grids = torch.zeros(0, 3, dtype=torch.long)
+        patch_size = sizing.patch_size
+        grids = [(1, image.height // patch_size, image.width // patch_size) for image in images]
         if images:
-            encoded["pixel_values"], encoded["image_grid_thw"] = patches(self.processor, images)
-            grids = encoded["image_grid_thw"]
-        counts = (grids.prod(dim=1) // MERGE_SIZE**2).tolist()
+            encoded["pictures"], encoded["image_grid_thw"] = images, torch.tensor(grids)
+        counts = [height * width // MERGE_SIZE**2 for _, height, width in grids]
         encoded["input_ids"], encoded["labels"] = self._expand_images(encoded["input_ids"], encoded["labels"], counts)
         if len(encoded["input_ids"]) > self.max_length:
             raise TooLong(
@@ -129,8 +141,11 @@ class NexusGenTemplate(Qwen2_5VLTemplate):
         return expanded[0], expanded[1]
 
     def _data_collator(self, batch: list[dict[str, Any]], *, padding_to: int | None = None) -> dict[str, Tensor]:
-        """Padded on the right, with the M-RoPE positions: loops over images that belong in a loader process."""
+        """Padded on the right, with patches and M-RoPE positions: loops over images that belong in a loader process."""
+        pictures = [picture for row in batch for picture in row.get("pictures", ())]
         collated = Template._data_collator(self, batch, padding_to=padding_to)
+        if pictures:  # all at once: the processor takes as long to begin as for several small pictures
+            collated["pixel_values"], _ = patches(self.processor, pictures)
         collated["position_ids"] = self.model.rope_position_ids(
             collated["input_ids"], collated["attention_mask"], collated.get("image_grid_thw")
         )

@@ -76,9 +76,10 @@ def test_a_row_is_encoded_as_inference_encodes_it(
     labels = torch.tensor(encoded["labels"])
     image_token = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert torch.equal(labels == image_token, expected["labels"] == image_token)
+    batch = template.data_collator([encoded])
     for name in ("pixel_values", "image_grid_thw"):
-        assert (name in encoded) == (name in expected) == bool(row["images"])
-        assert name not in expected or torch.equal(encoded[name], expected[name])
+        assert (name in batch) == (name in expected) == bool(row["images"])
+        assert name not in expected or torch.equal(batch[name], expected[name])
 
 
 @pytest.mark.parametrize("task", ROWS)
@@ -118,6 +119,8 @@ def test_a_mixed_batch_is_positioned_as_its_rows_are(template: NexusGenTemplate,
     encoded = [template.encode(swift_row(task, rows)) for task in ROWS]
     batch = template.data_collator([dict(row) for row in encoded])
     assert batch["image_grid_thw"].shape[0] == sum(len(row["images"]) for row in ROWS.values())
+    patches = [template.data_collator([dict(row)])["pixel_values"] for row in encoded if "pictures" in row]
+    assert torch.equal(batch["pixel_values"], torch.cat(patches))
     for index, row in enumerate(encoded):
         length = len(row["input_ids"])
         alone = template.model.rope_position_ids(torch.tensor([row["input_ids"]]), None, row.get("image_grid_thw"))
