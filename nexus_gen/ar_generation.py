@@ -24,7 +24,7 @@ from nexus_gen.autoregressive import (
 )
 from nexus_gen.compat import ensure_torchvision
 from nexus_gen.packed_vision import PackedVisionTower
-from nexus_gen.specs.geometry import TARGET_GRIDS
+from nexus_gen.specs.geometry import NUM_TARGET_TOKENS, TARGET_GRIDS
 from nexus_gen.vision_tower import VisionTower, vision_embeds
 
 ensure_torchvision()
@@ -235,6 +235,49 @@ def teacher_forced_pairs(
 
 
 @torch.no_grad()
+def generated_embeddings(model: NexusGenForConditionalGeneration, batch: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """What `generate_reply` makes for the first target image of each row, after the words and pictures before it: the
+    place of that image among the target images of the batch -> (81, D).
+
+    batch: what `forward` takes, labels included, with target images of 81 tokens; rows padded on either side. A batch
+    without target images makes as many passes as another, so that processes that share the weights stay together.
+    """
+    image_token_id = model.config.image_token_id
+    input_ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
+    present = batch.get("attention_mask", torch.ones_like(input_ids)).cpu().bool()
+    rows: list[tuple[Tensor, range, int | None]] = []  # prompt, its images, the target image
+    num_images = num_targets = 0
+    for ids, own_labels, here in zip(input_ids, labels, present, strict=True):
+        ids, own_labels = ids[here], own_labels[here]
+        images, targets = (image_starts(tokens == image_token_id) for tokens in (ids, own_labels))
+        end = targets[0] if targets else len(ids)
+        context = range(num_images, num_images + sum(start < end for start in images))
+        rows.append((ids[: end - 1], context, num_targets if targets else None))  # vision_start is the reply's
+        num_images, num_targets = num_images + len(images), num_targets + len(targets)
+    rows = [row for row in rows if row[2] is not None] or rows[:1]
+    prompts = [prompt for prompt, *_ in rows]
+    inputs = {
+        "input_ids": pad_sequence(prompts, batch_first=True, padding_side="left"),
+        "attention_mask": pad_sequence(
+            [torch.ones_like(ids) for ids in prompts], batch_first=True, padding_side="left"
+        ),
+    }
+    if context_images := [image for _, images, _ in rows for image in images]:
+        grids = batch["image_grid_thw"].cpu()
+        pictures = batch["pixel_values"].split(grids.prod(dim=1).tolist())
+        inputs["pixel_values"] = torch.cat([pictures[image] for image in context_images])
+        inputs["image_grid_thw"] = grids[context_images]
+    on_device: Any = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    reply = generate_reply(model, **on_device, max_new_tokens=NUM_TARGET_TOKENS + 2, force_image_first=True)
+    return {target: made[0] for (*_, target), made in zip(rows, reply.image_embeds, strict=True) if target is not None}
+
+
+def image_starts(mask_S: Tensor) -> list[int]:
+    """Where the images of one row begin, given where its image tokens are."""
+    return (mask_S & ~torch.cat([mask_S.new_zeros(1), mask_S[:-1]])).nonzero().flatten().tolist()
+
+
+@torch.no_grad()
 def vision_embeddings(
     model: NexusGenForConditionalGeneration | VisionTower | PackedVisionTower,
     pixel_values: Tensor,
@@ -319,9 +362,11 @@ class _Decoding:
                 position_ids[:, row] = self.next_positions[row] + self.image_positions
         self.attention_mask = torch.cat([self.attention_mask, new_mask_BL], dim=1)
         hidden_BLD = self._forward(embeds_BLD, position_ids)
+        # One call whatever the number of images: processes of ZeRO-3 call modules equally often.
+        made = iter(self.model.vision_head(hidden_BLD[image_rows, : self.image_tokens]) if image_rows else ())
         for row, token in enumerate(tokens):
             if row in image_rows:
-                self.image_embeds[row].append(self.model.vision_head(hidden_BLD[row, : self.image_tokens]))
+                self.image_embeds[row].append(next(made))
                 self.next_positions[row] += 2 + self.image_advance
             elif token is not None:
                 self.next_positions[row] += 1

@@ -18,8 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from data.loader import ShardDataset
+from data.shards import ShardSpec
 from nexus_gen.checkpoints import load_vae
 from nexus_gen.flow_match import NUM_TRAIN_TIMESTEPS, TimestepDensity, euler_sample, flow_match_loss
+from nexus_gen.specs.artifact import Manifest
 from train.decoder_module import DecoderModule, sample_noise
 from train.metrics import MetricsLogger
 from train.schemas.stages import DecoderConfig
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 SEED = 0  # of noise, in every run
 NUM_LEVELS = 8  # timesteps of the held-out loss: the middles of equal parts of the schedule
+LEVELS = [NUM_TRAIN_TIMESTEPS * (2 * level + 1) // (2 * NUM_LEVELS) for level in range(NUM_LEVELS)]
 UNWEIGHTED = TimestepDensity(weighting="none")
 MARGIN = 2  # pixels between the pictures of a grid
 
@@ -53,7 +56,10 @@ class DecoderMonitor(pl.Callback):
         self._metrics = metrics
         self._rank, self._world_size = rank, world_size
         self._dtype = dtype
-        self._dataset = ShardDataset(Path(config.shards), "heldout")
+        shards = Path(config.shards)
+        self._dataset = ShardDataset(shards, "heldout")
+        predicted = ShardSpec.load(Manifest.load(shards)).predicted
+        self._imagined = ShardDataset(shards, "heldout", predicted_fraction=1.0) if predicted else None
         self._vae: Any = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -78,17 +84,28 @@ class DecoderMonitor(pl.Callback):
     def heldout_loss(self, module: DecoderModule) -> dict[str, float]:
         """Mean squared error of the velocity, unweighted: `heldout/loss`, and at each level `heldout/loss_t500`.
 
-        Processes share the samples; each makes the same number of passes, so that collectives inside them meet.
+        `heldout/predicted_loss`: of the embeddings that the language model predicts, where shards hold true ones too.
         """
+        of_level = self._loss_of_levels(module, self._dataset)
+        timesteps = [round(float(module.schedule.timesteps[index])) for index in LEVELS]
+        losses = {
+            "heldout/loss": sum(of_level) / NUM_LEVELS,
+            **{f"heldout/loss_t{timestep}": loss for timestep, loss in zip(timesteps, of_level, strict=True)},
+        }
+        if self._imagined is not None:
+            losses["heldout/predicted_loss"] = sum(self._loss_of_levels(module, self._imagined)) / NUM_LEVELS
+        return losses
+
+    def _loss_of_levels(self, module: DecoderModule, dataset: ShardDataset) -> list[float]:
+        """Processes share the samples; each makes the same number of passes, so that collectives inside them meet."""
         count = min(self._config.heldout.num_samples, len(self._dataset))
         batch_size = self._config.trainer.micro_batch_size
-        indices = [NUM_TRAIN_TIMESTEPS * (2 * level + 1) // (2 * NUM_LEVELS) for level in range(NUM_LEVELS)]
         sums = torch.zeros(NUM_LEVELS, dtype=torch.float64, device=module.device)
         for first in range(0, math.ceil(count / (batch_size * self._world_size))):
             start = (first * self._world_size + self._rank) * batch_size
             mine = [index for index in range(start, start + batch_size) if index < count]
-            batch = self.samples(mine or [0], module.device)
-            for level, index in enumerate(indices):
+            batch = self.samples(mine or [0], module.device, dataset)
+            for level, index in enumerate(LEVELS):
                 shape = batch["latents"].shape[1:]
                 noise = torch.cat([sample_noise(SEED, level, own, shape)[1] for own in mine or [0]])
                 timestep_index = torch.full((len(noise),), index, device=module.device)
@@ -98,12 +115,7 @@ class DecoderMonitor(pl.Callback):
                 if mine:
                     sums[level] += loss.sum()
         torch.distributed.all_reduce(sums)
-        of_level = (sums / count).tolist()
-        timesteps = [round(float(module.schedule.timesteps[index])) for index in indices]
-        return {
-            "heldout/loss": sum(of_level) / NUM_LEVELS,
-            **{f"heldout/loss_t{timestep}": loss for timestep, loss in zip(timesteps, of_level, strict=True)},
-        }
+        return (sums / count).tolist()
 
     def paint(self, module: DecoderModule, step: int) -> None:
         """Write samples/step_N.png: above, what the held-out latents decode to; below, what is painted.
@@ -111,7 +123,7 @@ class DecoderMonitor(pl.Callback):
         Every process paints the same, which keeps those together that share the model's weights.
         """
         count = min(self._config.samples.num_pictures, len(self._dataset))
-        batch = self.samples(list(range(count)), module.device)
+        batch = self.samples(list(range(count)), module.device, self._dataset)
         noise = torch.cat([sample_noise(SEED, 0, index, batch["latents"].shape[1:])[1] for index in range(count)])
         sampling = self._config.sampling
         latents = euler_sample(
@@ -133,9 +145,9 @@ class DecoderMonitor(pl.Callback):
         grid.save(path)
         self._metrics.log_picture(step, "samples", grid)
 
-    def samples(self, indices: list[int], device: torch.device) -> dict[str, Tensor]:
-        """Held-out samples, stacked, in the training dtype."""
-        rows = [self._dataset[(0, index)] for index in indices]
+    def samples(self, indices: list[int], device: torch.device, dataset: ShardDataset) -> dict[str, Tensor]:
+        """Samples stacked, in the training dtype."""
+        rows = [dataset[(0, index)] for index in indices]
         return {
             name: torch.stack([row[name] for row in rows]).to(device, self._dtype)
             for name in rows[0]

@@ -213,7 +213,10 @@ class PretrainPipeline(SwiftSft):
             self.average = WeightAverage(self.model, config.average.decay, self.rank, self.world_size)
             trainer.add_callback(Averaging(self.average, directory))
         exported = self.average if config.average.export == "average" else None
-        trainer.add_callback(HeldoutLoss(guard, self.model, self._heldout_batches(), metrics, config.heldout, exported))
+        generates = not config.data.dynamic_targets  # pictures of one grid are generated together
+        trainer.add_callback(
+            HeldoutLoss(guard, self.model, self._heldout_batches(), metrics, config.heldout, exported, generates)
+        )
         trainer.add_callback(StepCheckpoints(guard, directory, config.trainer))
         self.template.on_loss = guard.on_loss
         self.trainer = trainer

@@ -25,8 +25,10 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from data.messages import TASKS
+from nexus_gen.ar_generation import generated_embeddings
 from nexus_gen.autoregressive import IGNORE_INDEX, NexusGenForConditionalGeneration, NexusGenOutput
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.geometry import NUM_TARGET_TOKENS
 from train.metrics import MetricsLogger
 from train.schemas.common import HeldoutConfig, TrainerConfig
 from train.weight_average import WeightAverage
@@ -87,6 +89,14 @@ def task_of_rows(input_ids: Tensor, labels: Tensor, image_token_id: int) -> Tens
     return torch.where(makes, 1 + looks.long(), torch.where(looks, 0, 3))
 
 
+def embedding_errors(predicted: Tensor, target: Tensor) -> Tensor:
+    """Of (N, D) embeddings: sums of squared error and cosine distance over tokens, and N; (3,) float64."""
+    predicted, target = predicted.float(), target.float()
+    squared_error = (predicted - target).square().mean(dim=-1)
+    cosine_distance = 1 - F.cosine_similarity(predicted, target, dim=-1)
+    return torch.stack([squared_error, cosine_distance, torch.ones_like(squared_error)]).double().sum(dim=1)
+
+
 class Averaging(TrainerCallback):
     """Keeps a WeightAverage up to date, from the checkpoint's or else from the weights that training starts with."""
 
@@ -115,6 +125,9 @@ class HeldoutLoss(TrainerCallback):
     `heldout/accuracy/understanding` is the share of replies whose every token is the likeliest: those that greedy
     decoding gives. batches: all of them, the same on every rank; ranks share them, and make equally many passes.
     average: the weights to look at, where they are not the trained ones.
+    generates: also measure `heldout/generated_mse` and `heldout/generated_cosine_distance`: errors of each row's first
+    target image as inference generates it. They compare over `target_inputs`; the others are given the image itself
+    where that is `embeddings`.
     """
 
     def __init__(
@@ -125,10 +138,12 @@ class HeldoutLoss(TrainerCallback):
         metrics: MetricsLogger,
         config: HeldoutConfig,
         average: WeightAverage | None,
+        generates: bool,
     ) -> None:
         self._guard = guard
         self._model = model
         self._batches = batches
+        self._generates = generates
         self._metrics = metrics
         self._config = config
         self._average = average
@@ -146,7 +161,7 @@ class HeldoutLoss(TrainerCallback):
         image_token_id = model.config.image_token_id
         losses = torch.zeros(len(TASKS), 4, dtype=torch.float64, device=model.device)
         rows = torch.zeros(2, len(TASKS), dtype=torch.float64, device=model.device)  # right, all
-        parts = torch.zeros(2, dtype=torch.float64, device=model.device)  # sums of squared error and cosine distance
+        forced, made = torch.zeros(2, 3, dtype=torch.float64, device=model.device)  # `embedding_errors`
         model.eval()
         with self._average.applied() if self._average is not None else nullcontext():
             for first in range(0, len(self._batches), world_size):
@@ -154,11 +169,13 @@ class HeldoutLoss(TrainerCallback):
                 batch = self._batches[number if number < len(self._batches) else 0]
                 batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
                 outputs = model(**batch)
+                generated = generated_embeddings(model, batch) if self._generates else {}
                 if number >= len(self._batches):
                     continue
-                predicted, target = outputs.predicted_embeds.float(), outputs.target_embeds.float()
-                parts[0] += (predicted - target).square().mean(dim=-1).sum()
-                parts[1] += (1 - F.cosine_similarity(predicted, target, dim=-1)).sum()
+                forced += embedding_errors(outputs.predicted_embeds, outputs.target_embeds)
+                targets = outputs.target_embeds.split(NUM_TARGET_TOKENS)
+                for image, embeds in generated.items():
+                    made += embedding_errors(embeds, targets[image])
                 labels = batch["labels"]
                 losses += TaskSums.of(outputs, batch["input_ids"], labels, image_token_id)
                 scored = text_positions(labels, labels == image_token_id)
@@ -167,18 +184,21 @@ class HeldoutLoss(TrainerCallback):
                 rows[0].index_add_(0, task_B, (~wrong).double())
                 rows[1].index_add_(0, task_B, torch.ones_like(task_B, dtype=torch.float64))
         model.train()
-        facts = torch.cat([losses.flatten(), rows.flatten(), parts])
+        facts = torch.cat([losses.flatten(), rows.flatten(), forced, made])
         torch.distributed.all_reduce(facts)
-        of_losses, of_rows, of_parts = facts.split([losses.numel(), rows.numel(), len(parts)])
+        of_losses, of_rows, forced, made = facts.split([losses.numel(), rows.numel(), 3, 3])
         losses, rows = of_losses.view(-1, 4), of_rows.view(2, -1)
-        mse, cosine_distance = (of_parts / losses[:, 3].sum().clamp(min=1)).tolist()
+        errors = {
+            f"heldout/{name}_{part}": float(sums[place] / sums[2].clamp(min=1))
+            for name, sums in (("image", forced), *([("generated", made)] if made[2] else []))
+            for place, part in enumerate(("mse", "cosine_distance"))
+        }
         text, text_tokens, image, image_tokens = losses.sum(0).tolist()
         right, total = rows[:, 0].tolist()
         return {
             "heldout/text_loss": text / max(1.0, text_tokens),
             "heldout/image_loss": image / max(1.0, image_tokens),
-            "heldout/image_mse": mse,
-            "heldout/image_cosine_distance": cosine_distance,
+            **errors,
             **TaskSums.means(losses.flatten().tolist(), "heldout"),
             **({"heldout/accuracy/understanding": right / total} if total else {}),
         }

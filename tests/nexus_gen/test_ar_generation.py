@@ -13,6 +13,7 @@ from nexus_gen.ar_generation import (
     PositionsAfterImage,
     Sampling,
     generate_reply,
+    generated_embeddings,
     teacher_forced_embeddings,
     vision_embeddings,
 )
@@ -204,6 +205,31 @@ def test_teacher_forcing_splits_the_images_of_a_batch(model: NexusGenForConditio
     starts = ((case["labels"] == 318) & (case["input_ids"].roll(1, dims=1) == 315)).nonzero().tolist()
     for image, (row, start) in zip(embeds, starts, strict=True):
         assert_near(image, case["image_embeddings"][row, start - 1 : start + 80])
+
+
+@torch.no_grad()
+def test_what_a_batch_generates_is_what_one_pass_predicts_of_first_images(
+    model: NexusGenForConditionalGeneration,
+) -> None:
+    case = load_file(GOLDEN / "train_mixed.safetensors")
+    keys = ("input_ids", "attention_mask", "labels", "pixel_values", "image_grid_thw")
+    batch = {key: case[key] for key in keys}
+    predicted = teacher_forced_embeddings(model, batch)
+    targets = ((case["labels"] == 318) & (case["input_ids"].roll(1, dims=1) == 315)).sum(dim=1).tolist()
+    firsts = [sum(targets[:row]) for row, count in enumerate(targets) if count]
+    assert len(firsts) < len(predicted) and len(firsts) < len(targets)  # a second image, a row without one
+    generated = generated_embeddings(model, batch)
+    assert sorted(generated) == firsts
+    for image, embeds in generated.items():
+        assert_near(embeds, predicted[image])
+
+    passes = []
+    hook = model.model.language_model.register_forward_hook(lambda *_: passes.append(1))
+    generated_embeddings(model, batch)
+    with_images = len(passes)
+    assert generated_embeddings(model, {**batch, "labels": torch.full_like(case["labels"], -100)}) == {}
+    hook.remove()
+    assert len(passes) == 2 * with_images > 0
 
 
 def test_an_image_begun_within_the_budget_is_finished(model: NexusGenForConditionalGeneration) -> None:

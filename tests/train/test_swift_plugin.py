@@ -221,7 +221,10 @@ def test_two_steps_of_training_make_a_checkpoint(qwen: Path, tmp_path: Path) -> 
     heldout = [row for row in lines if "heldout/text_loss" in row]
     assert [row["step"] for row in heldout] == [2]
     assert 0 <= heldout[0]["heldout/accuracy/understanding"] <= 1 and heldout[0]["heldout/image_loss/editing"] > 0
-    parts = [heldout[0][f"heldout/image_{part}"] for part in ("mse", "cosine_distance")]
+    generated, parts = (
+        [heldout[0][f"heldout/{made}_{part}"] for part in ("mse", "cosine_distance")] for made in ("generated", "image")
+    )
+    assert generated == pytest.approx(parts, rel=0.2)  # of first images only, and so little trained
     assert heldout[0]["heldout/image_loss"] == pytest.approx(sum(parts) / 2, rel=1e-5)
     for row in metrics:
         assert row["train/loss"] == pytest.approx(3 * row["train/text_loss"] + 3 * row["train/image_loss"], rel=1e-5)
