@@ -31,6 +31,8 @@ COMMANDS = {
     "evaluate geneval": ("train.benchmarks", "paint prompts into the file layout of GenEval"),
     "evaluate imgedit": ("train.benchmarks", "edit pictures into the file layout of ImgEdit"),
     "evaluate choices": ("train.multiple_choice", "accuracy on multiple-choice questions, as MMMU has them"),
+    "ablate": ("launch.ablate", "train arms of a run that differ in one thing, and compare them"),
+    "ablate plot": ("train.ablation", "draw ablations again from what their arms logged, or from a result"),
     "report": ("train.report", "one HTML page of a run: curves, pictures, answers"),
 }
 # The only variables that the program reads; a misspelt one would silently do nothing.

@@ -16,6 +16,8 @@ complete -o default -F _nexus_gen nexus-gen"""
 def candidates(line: str) -> list[str]:
     """What the last word of a command line can become."""
     *before, word = line.split(" ")[1:]
+    if before == ["ablate"]:
+        return sorted(f"{path.stem} " for path in (CONFIGS / "ablation").glob(f"{word}*.yaml"))
     if before[:1] != ["run"]:
         typed = " ".join([*before, word])
         names = {" ".join(command.split()[: len(before) + 1]) for command in COMMANDS}
@@ -25,7 +27,7 @@ def candidates(line: str) -> list[str]:
     if chosen and (CONFIGS / group).is_dir():
         choices = [f"{group}={path.stem} " for path in (CONFIGS / group).glob("*.yaml")]
     else:
-        groups = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
+        groups = [path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name != "ablation"]
         choices = [f"{key}=" for key in {*groups, *(keys(stage) if stage in SCHEMAS else ())}]
     return sorted(choice for choice in choices if choice.startswith(word))
 

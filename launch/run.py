@@ -106,8 +106,12 @@ def compose_pipeline(pipeline: str, given: list[Override]) -> list[StageConfig]:
             f"there is no pipeline={pipeline}{nearest(pipeline, (p.stem for p in path.parent.glob('*.yaml')))}"
         )
     plan: Any = OmegaConf.to_container(OmegaConf.load(path))
+    return compose_plan(plan, [*map(Override.parse, plan["overrides"]), *given], f"pipeline={pipeline}")
+
+
+def compose_plan(plan: dict[str, Any], overrides: list[Override], what: str) -> list[StageConfig]:
+    """One config for each of plan["stages"], by its file of plan["experiments"]; `what` names the plan in errors."""
     stages: list[str] = plan["stages"]
-    overrides = [*map(Override.parse, plan["overrides"]), *given]
     reached = {override: False for override in overrides}
     configs = []
     for stage in stages:
@@ -127,9 +131,7 @@ def compose_pipeline(pipeline: str, given: list[Override]) -> list[StageConfig]:
     for override, has_effect in reached.items():
         if not has_effect:
             valid = {key for stage in stages for key in keys(stage)} | set(GROUPS_OF_ALL)
-            raise UserError(
-                f"no stage of pipeline={pipeline} has the key '{override.key}'{nearest(override.key, valid)}"
-            )
+            raise UserError(f"no stage of {what} has the key '{override.key}'{nearest(override.key, valid)}")
     return configs
 
 

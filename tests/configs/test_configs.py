@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from launch import ablate
 from launch.compose import CONFIGS, Override, compose_stage
 from launch.run import compose_pipeline
+from train.schemas.fields import fingerprint_values
 from train.schemas.stages import SCHEMAS, PretrainConfig
 
 # what a user gives because nobody else can know it
@@ -37,7 +39,8 @@ def overrides_for(path: Path) -> list[str]:
     ]
 
 
-FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent != CONFIGS and path.parent.name != "pipeline")
+OTHERWISE = (CONFIGS, CONFIGS / "pipeline", CONFIGS / "ablation")
+FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent not in OTHERWISE)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
@@ -53,6 +56,18 @@ def test_pipeline_composes_and_validates(path: Path) -> None:
     given = [Override.parse(text) for text in (REQUIRED["data"] if own_data else [])]
     configs = compose_pipeline(path.stem, given)
     assert [config.stage for config in configs] == plan["stages"]
+
+
+@pytest.mark.parametrize("name", ablate.FILES)
+def test_arms_compose_validate_and_differ(name: str, tmp_path: Path) -> None:
+    arms = ablate.compose_arms(name, tmp_path / "run", tmp_path, [42, 43], [Override.parse("launch.device=cpu")])
+    assert len({arm.directory for arm in arms}) == len(arms) == 2 * len(ablate.load(name, tmp_path).arms)
+    first = [[fingerprint_values(config) for config in arm.configs] for arm in arms if arm.seed == 42]
+    assert all(one != other for place, one in enumerate(first) for other in first[:place])
+    for arm in arms:
+        assert [config.launch.device for config in arm.configs] == ["cpu"] * len(arm.configs)
+        read = [path for config in arm.configs for path in config.inputs().values()]
+        assert all(tmp_path / "run" in path.parents or arm.directory in path.parents for path in read)
 
 
 def test_an_override_reaches_the_stages_that_read_it_and_a_prefixed_one_only_its_own() -> None:

@@ -44,6 +44,8 @@ def test_help_lists_every_command() -> None:
         ["ui", "--help"],
         ["evaluate", "--help"],
         ["evaluate", "choices", "--help"],
+        ["ablate", "--help"],
+        ["ablate", "plot", "--help"],
         ["run", "stage=pretrain", "trainer.max_step=1"],
     ],
 )
@@ -89,6 +91,14 @@ def test_help_and_config_errors_import_no_torch(arguments: list[str]) -> None:
         (["generate", "--prompt", "x", "--run", "nowhere"], "finish stage=pretrain of nowhere"),
         (["understand", "--prompt", "x", "--input-image", "no.png"], "--input-image no.png does not exist"),
         (["report", "nowhere"], "nowhere is not a run directory"),
+        (["ablate", "refrence"], "there is no ablation 'refrence'; did you mean 'reference'?"),
+        (["ablate", "trainer.max_steps=3"], "name an ablation: conditioning, "),
+        (["ablate", "reference", "--run", "nowhere"], "nowhere is not a run directory"),
+        (["ablate", "reference", "--run", ".", "objective.reference=true"], "differ in objective.reference; leave it"),
+        (["ablate", "reference", "--run", ".", "seed=3"], "arms have seed from --seeds"),
+        (["ablate", "reference", "--run", ".", "trainer.max_step=3"], "no stage of ablation reference has the key"),
+        (["ablate", "all", "--run", ".", "trainer.max_steps=3"], "does not exist; finish stage=embed_generation of"),
+        (["ablate", "plot", "x.json"], "x.json is neither a result"),
     ],
 )
 def test_mistakes_give_one_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:
@@ -103,7 +113,9 @@ def test_mistakes_give_one_sentence(arguments: list[str], sentence: str, tmp_pat
     [
         ("nexus-gen ge", ["generate "]),
         ("nexus-gen data ", ["check ", "shapes "]),
+        ("nexus-gen ablate ref", ["reference "]),
         ("nexus-gen run sta", ["stage="]),
+        ("nexus-gen run abla", []),
         ("nexus-gen run stage=edi", ["stage=editing_decoder "]),
         ("nexus-gen run stage=pretrain trainer.max", ["trainer.max_steps="]),
         ("nexus-gen run stage=pretrain launch=s", ["launch=slurm "]),

@@ -1,0 +1,81 @@
+"""Ablations through the console script: arms of a tiny run, their result, plot and table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from runs import nexus_gen, succeed
+
+from nexus_gen.specs.artifact import Manifest
+
+pytestmark = pytest.mark.slow
+SMALLEST = (
+    *("model=tiny", "optim=tiny_decoder", "trainer=tiny_decoder", "launch.device=cpu"),
+    *("trainer.max_steps=2", "trainer.micro_batch_size=2", "trainer.global_batch_size=4", "optim.warmup_steps=0"),
+    *("heldout.every_steps=1", "heldout.num_samples=2", "samples.num_pictures=0"),
+)
+
+
+def test_arms_side_by_side_become_a_result_a_plot_and_a_table(tiny_run: Path, tmp_path: Path) -> None:
+    command = ["ablate", "reference", "--run", tiny_run, "--output", tmp_path, "--jobs", "2", *SMALLEST]
+    printed = succeed(*command)
+    result = json.loads((tmp_path / "reference.json").read_text(encoding="utf-8"))
+    assert list(result["arms"]) == ["with_reference", "without"]
+    for name, arm in result["arms"].items():
+        assert arm["differs"] == {"editing_decoder.objective.reference": name == "with_reference"}
+        facts = arm["seeds"]["42"]
+        assert facts["steps"] == 2 and facts["seconds"] > 0
+        assert [step for step, _ in facts["heldout"]["heldout/loss"]] == [1, 2]
+        assert facts["final"]["heldout/loss"] == facts["heldout"]["heldout/loss"][-1][1]
+        made = Manifest.load(tmp_path / "reference" / name / "seed42" / "editing_decoder" / "artifact")
+        assert facts["lineage"]["editing_decoder"]["artifact"] == made.fingerprint
+        assert f"| {facts['final']['heldout/loss']:.4g} " in printed
+    assert str(tmp_path) not in json.dumps(result)
+    logs = [tmp_path / "reference" / name / "seed42.log" for name in result["arms"]]
+    assert all("editing_decoder: done" in log.read_text(encoding="utf-8") for log in logs)
+
+    succeed(*command)
+    assert all("editing_decoder: unchanged, skipped" in log.read_text(encoding="utf-8") for log in logs)
+    assert json.loads((tmp_path / "reference.json").read_text(encoding="utf-8")) == result
+
+    plot = tmp_path / "reference.png"
+    before = plot.read_bytes()
+    plot.unlink()
+    succeed("ablate", "plot", tmp_path / "reference.json")
+    assert plot.read_bytes() == before
+    with Image.open(plot) as image:
+        assert image.width > 400 and len(image.convert("RGB").getcolors(1 << 16) or []) > 10
+
+
+def test_what_an_arm_cannot_train_on_is_told_before_any_arm_starts(tiny_run: Path, tmp_path: Path) -> None:
+    """The shards of this run hold no predicted embeddings."""
+    ended = nexus_gen("ablate", "conditioning", "--run", tiny_run, "--output", tmp_path, *SMALLEST)
+    assert ended.returncode == 2
+    assert "hold true embeddings only" in ended.stderr and len(ended.stderr.strip().splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_metric_that_an_arm_lacks_is_left_out_and_named(tmp_path: Path) -> None:
+    def seed(**final: float) -> dict[str, Any]:
+        return {
+            "seconds": 1,
+            "steps": 4,
+            "final": final,
+            "heldout": {name: [[4, value]] for name, value in final.items()},
+        }
+
+    arms = {
+        "one": {"seeds": {"42": seed(loss=1.0, rate=0.5), "43": seed(loss=2.0, rate=0.5)}},
+        "two": {"seeds": {"42": seed(loss=4.0)}},
+    }
+    result = {"ablation": "x", "question": "Which?", "metrics": {"loss": "the loss", "rate": "the rate"}, "arms": arms}
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(result), encoding="utf-8")
+    ended = nexus_gen("ablate", "plot", path)
+    assert ended.returncode == 0 and "rate is left out" in ended.stderr
+    assert "| one | 1.5 (1 to 2) | 4     | 1       |" in ended.stdout and "the rate" not in ended.stdout
+    result["metrics"] = {"rate": "the rate"}
+    path.write_text(json.dumps(result), encoding="utf-8")
+    assert nexus_gen("ablate", "plot", path).returncode == 2

@@ -1,0 +1,141 @@
+"""`nexus-gen ablate plot`: what the arms of an ablation logged, as one JSON file, a plot and a table.
+
+nexus-gen ablate plot runs/ablations/reference      # from the arms' own records
+nexus-gen ablate plot docs/ablations/*.json         # from results, without the arms
+
+`nexus-gen ablate` (launch.ablate) trains the arms and calls this.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from nexus_gen.specs.artifact import Manifest, write_text_atomic
+from nexus_gen.specs.errors import UserError
+from train.metrics import read_metrics
+from train.report import stage_rows
+from train.schemas.ablation import PLAN
+
+Points = list[list[float]]  # [step, value] in order
+LOG_SCALE_FROM = 5.0  # largest over smallest value of a plot
+
+
+def collect(directory: Path) -> dict[str, Any]:
+    """The result of an ablation: its plan with, for each arm and seed, what the arm's run recorded.
+
+    seconds of all starts of all stages; steps and per-step held-out metrics of the last stage; of every stage's
+    artifact its fingerprint, its inputs' and the commit.
+    """
+    plan = json.loads((directory / PLAN).read_text(encoding="utf-8"))
+    for arm in plan["arms"].values():
+        arm["seeds"] = {seed: run_facts(directory / place, plan["stages"]) for seed, place in arm["seeds"].items()}
+    return plan
+
+
+def run_facts(run: Path, stages: list[str]) -> dict[str, Any]:
+    """Of one arm under one seed."""
+    rows = {row.name: row for row in stage_rows(run)}
+    curves: dict[str, Points] = {}
+    for line in read_metrics(run / stages[-1]):
+        for name, value in line.items():
+            if name.startswith("heldout/"):
+                curves.setdefault(name, []).append([line["step"], float(f"{value:.6g}")])
+    manifests = {stage: Manifest.load(run / stage / "artifact") for stage in stages}
+    return {
+        "seconds": round(sum(rows[stage].seconds for stage in stages), 1),
+        "steps": rows[stages[-1]].steps,
+        "final": {name: points[-1][1] for name, points in curves.items()},
+        "heldout": curves,
+        "lineage": {
+            stage: {"artifact": manifest.fingerprint, "inputs": manifest.inputs, "commit": manifest.code["commit"]}
+            for stage, manifest in manifests.items()
+        },
+    }
+
+
+def compared(result: dict[str, Any]) -> dict[str, str]:
+    """The metrics of an ablation that every arm logged: held-out rows may be too few to hold some task."""
+    seeds = [seed for arm in result["arms"].values() for seed in arm["seeds"].values()]
+    metrics = {name: label for name, label in result["metrics"].items() if all(name in seed["final"] for seed in seeds)}
+    if not metrics:
+        raise UserError(
+            f"no arm of {result['ablation']} logged {', '.join(result['metrics'])}; give heldout.num_samples above 0"
+        )
+    return metrics
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """One plot for each metric: held-out values over steps, a line for each arm, a band where it has several seeds."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    metrics = compared(result)
+    size = (max(6.5, 3.8 * len(metrics)), 3.4)  # room for the question
+    figure, row = pyplot.subplots(1, len(metrics), figsize=size, layout="constrained", squeeze=False)
+    for axes, (metric, label) in zip(row[0], metrics.items(), strict=True):
+        shown = []
+        for name, arm in result["arms"].items():
+            curves = [dict(map(tuple, seed["heldout"][metric])) for seed in arm["seeds"].values()]
+            steps = sorted(set.intersection(*map(set, curves)))
+            values = [[curve[step] for curve in curves] for step in steps]
+            means = [sum(at_step) / len(at_step) for at_step in values]
+            (line,) = axes.plot(steps, means, marker="o", markersize=3, linewidth=1.5, label=name)
+            if len(curves) > 1:
+                band = list(map(min, values)), list(map(max, values))
+                axes.fill_between(steps, *band, color=line.get_color(), alpha=0.2, linewidth=0)
+            shown += means
+        if min(shown) > 0 and max(shown) > LOG_SCALE_FROM * min(shown):
+            axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_xlabel("optimizer step")
+        axes.set_title(f"held-out {label}", fontsize=10)
+        axes.grid(alpha=0.3, which="both", linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    row[0][0].legend(frameon=False, fontsize=9)
+    figure.suptitle(result["question"], fontsize=11)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The arms' last held-out values, as `mean (smallest to largest)` over seeds; a table of Markdown."""
+    metrics = compared(result)
+    lines = [["arm", *metrics.values(), "steps", "seconds"]]
+    for name, arm in result["arms"].items():
+        seeds = list(arm["seeds"].values())
+        cells = []
+        for metric in metrics:
+            values = [seed["final"][metric] for seed in seeds]
+            spread = f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.4g}{spread}")
+        seconds = sum(seed["seconds"] for seed in seeds) / len(seeds)
+        lines.append([name, *cells, str(seeds[0]["steps"]), f"{seconds:.0f}"])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+    return "\n".join([rows[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *rows[1:]])
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="nexus-gen ablate plot", description="Draw ablations again, without training anything."
+    )
+    parser.add_argument("paths", nargs="+", type=Path, help="results (NAME.json), or directories of finished arms")
+    for path in parser.parse_args(argv[1:]).paths:
+        if (path / PLAN).is_file():
+            result = collect(path)
+            path = path.with_name(f"{path.name}.json")
+            write_text_atomic(path, json.dumps(result) + "\n")
+        elif path.suffix == ".json" and path.is_file():
+            result = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            raise UserError(f"{path} is neither a result of `nexus-gen ablate` nor a directory with {PLAN}")
+        draw(result, path.with_suffix(".png"))
+        for metric in result["metrics"].keys() - compared(result).keys():
+            print(f"note: {metric} is left out: an arm did not log it", file=sys.stderr)
+        print(f"\n{result['question']}\n\n{table(result)}\n\n{path}\n{path.with_suffix('.png')}", flush=True)
+    return 0
