@@ -4,7 +4,7 @@ Order depends on (seed, epoch) alone. Global batch s covers micro x world x accu
 order; the state is the number of micro batches handed out, so a resumed loader goes on exactly behind them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data.shards import index_shard, read_sample, repair_hint, require_global_batch
 from nexus_gen.specs.artifact import Manifest
@@ -75,8 +75,8 @@ class ShardDataset(Dataset[dict[str, Tensor]]):
 class ShardLoader:
     """This rank's micro batches, without end; the tail of an epoch that fills no global batch is left out.
 
-    A batch stacks the tensors of micro_batch_size samples. predicted_fraction: see ShardDataset. Raises UserError when
-    the split is smaller than one global batch.
+    A batch stacks the tensors of micro_batch_size samples. predicted_fraction: see ShardDataset. prepare: what the
+    loader's processes make of a batch. Raises UserError when the split is smaller than one global batch.
     """
 
     def __init__(
@@ -91,7 +91,9 @@ class ShardLoader:
         seed: int,
         num_workers: int,
         predicted_fraction: float = 0.0,
+        prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
+        self.prepare = prepare
         self.dataset = ShardDataset(Path(artifact), split, seed, predicted_fraction)
         self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
         self.rank, self.world_size = rank, world_size
@@ -101,10 +103,11 @@ class ShardLoader:
         require_global_batch(artifact, split, len(self.dataset), self.global_batch_size)
         self.batches_done = 0
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         loader = DataLoader(
             self.dataset,
             batch_sampler=_Places(self, self.batches_done),
+            collate_fn=self._collate,
             num_workers=self.num_workers,
             persistent_workers=False,
             pin_memory=torch.cuda.is_available(),
@@ -112,6 +115,10 @@ class ShardLoader:
         for batch in loader:
             self.batches_done += 1
             yield batch
+
+    def _collate(self, samples: list[dict[str, Tensor]]) -> dict[str, Any]:
+        batch = default_collate(samples)
+        return self.prepare(batch) if self.prepare else batch
 
     def state_dict(self) -> dict[str, Any]:
         """Samples handed out on all ranks together, so that another number of processes can go on behind them."""

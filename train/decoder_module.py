@@ -4,6 +4,7 @@ Legend: B micro batch, C latent channels, h x w latent size, D embedding width, 
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -45,6 +46,34 @@ def sample_noise(
     return timestep, noise, float(torch.rand(1, generator=_GENERATOR))
 
 
+@dataclass(frozen=True)
+class NoiseDraws:
+    """Adds to a batch on the CPU what chance decides of its samples: noise, timesteps and dropped conditions.
+
+    A device would draw other numbers. It is for the loader's processes: a generator is seeded for every sample.
+    """
+
+    seed: int
+    density: TimestepDensity
+    objective: DecoderObjective
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """batch: latents (B, C, h, w), epoch and index (B,); adds noise like latents, timestep_index (B,), dropped."""
+        shape = tuple(batch["latents"].shape[1:])
+        timesteps, noise, draws = zip(
+            *(
+                sample_noise(self.seed, epoch, index, shape, self.density)
+                for epoch, index in zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True)
+            ),
+            strict=True,
+        )
+        timestep_index = torch.cat(timesteps)
+        if self.objective.timesteps == "per_batch":
+            timestep_index = timestep_index[:1].repeat(len(timestep_index))
+        dropped = [place for place, draw in enumerate(draws) if draw < self.objective.condition_dropout]
+        return {**batch, "noise": torch.cat(noise), "timestep_index": timestep_index, "dropped": dropped}
+
+
 def learning_rate_factor(step: int, warmup_steps: int, max_steps: int, schedule: str) -> float:
     """What the learning rate is multiplied by at optimizer step `step`, counted from 0.
 
@@ -66,6 +95,7 @@ class DecoderModule(pl.LightningModule):
     pooled: (1, P), CLIP's embedding of the empty prompt, a constant.
     null_context: (1, L, context width), T5's embedding of the empty prompt, which takes the place of a dropped
     condition as it does in classifier-free guidance; None where nothing is dropped nor guided.
+    draws: what the loader has to add to its batches.
     loss_sum: the losses of the micro batches since the last optimizer step; the engine checks and clears it.
     """
 
@@ -84,9 +114,9 @@ class DecoderModule(pl.LightningModule):
         self.decoder = decoder
         self.objective = objective
         self.density = TimestepDensity(objective.density, objective.shift, objective.weighting)
+        self.draws = NoiseDraws(seed, self.density, objective)
         self.schedule = training_schedule()
         self.optim = optim
-        self.seed = seed
         self.max_steps = max_steps
         self.gradient_checkpointing = gradient_checkpointing
         self.loss_sum: Tensor | float = 0.0
@@ -104,22 +134,6 @@ class DecoderModule(pl.LightningModule):
         self._partitioned = strategy.zero_stage_3
         if strategy.zero_stage_3:
             deepspeed.zero.Init(module=self.decoder, config_dict_or_path=strategy.config)
-
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Draw noise, timesteps and dropped conditions while the batch is on the CPU: a device draws other numbers."""
-        shape = tuple(batch["latents"].shape[1:])
-        timesteps, noise, draws = zip(
-            *(
-                sample_noise(self.seed, epoch, index, shape, self.density)
-                for epoch, index in zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True)
-            ),
-            strict=True,
-        )
-        timestep_index = torch.cat(timesteps)
-        if self.objective.timesteps == "per_batch":
-            timestep_index = timestep_index[:1].expand(len(timestep_index))
-        dropped = [place for place, draw in enumerate(draws) if draw < self.objective.condition_dropout]
-        return {**batch, "noise": torch.cat(noise), "timestep_index": timestep_index, "dropped": dropped}
 
     def loss_per_sample(self, batch: dict[str, Any]) -> Tensor:
         """Weighted flow-matching loss, (B,) float32.

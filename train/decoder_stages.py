@@ -141,6 +141,7 @@ class DecoderStage(Stage[DecoderConfig]):
             seed=config.seed,
             num_workers=config.trainer.num_workers,
             predicted_fraction=getattr(config.objective, "predicted_fraction", 0.0),
+            prepare=module.draws,
         )
         average = None
         if config.average.decay:

@@ -66,16 +66,16 @@ def test_noise_is_normal_and_timesteps_cover_the_schedule():
 
 
 def test_a_sample_meets_the_same_noise_in_whatever_batch():
-    together = module().on_before_batch_transfer(batch_of(3, 1, 4, 2, epoch=1), 0)
-    apart = module().on_before_batch_transfer(batch_of(4, 9, epoch=1), 0)
+    together = module().draws(batch_of(3, 1, 4, 2, epoch=1))
+    apart = module().draws(batch_of(4, 9, epoch=1))
     for name in ("noise", "timestep_index"):
         assert torch.equal(together[name][2], apart[name][0])
     assert len(set(together["timestep_index"].tolist())) == 4
 
 
 def test_per_batch_gives_all_samples_the_first_ones_timestep():
-    shared = module("per_batch").on_before_batch_transfer(batch_of(3, 1, 4), 0)
-    own = module().on_before_batch_transfer(batch_of(3, 1, 4), 0)
+    shared = module("per_batch").draws(batch_of(3, 1, 4))
+    own = module().draws(batch_of(3, 1, 4))
     assert shared["timestep_index"].tolist() == own["timestep_index"][:1].tolist() * 3
     assert torch.equal(shared["noise"], own["noise"])
 
@@ -84,7 +84,7 @@ def gradients(*batches: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of the mean over equally large micro batches."""
     trained = module()
     for batch in batches:
-        (trained.training_step(trained.on_before_batch_transfer(batch, 0), 0) / len(batches)).backward()
+        (trained.training_step(trained.draws(batch), 0) / len(batches)).backward()
     return {name: parameter.grad for name, parameter in trained.decoder.named_parameters()}
 
 
@@ -98,7 +98,7 @@ def test_two_micro_batches_give_the_gradient_of_one():
 
 def test_training_step_is_the_flow_matching_loss_and_adds_up():
     trained = module()
-    batch = trained.on_before_batch_transfer(batch_of(0, 1, 2), 0)
+    batch = trained.draws(batch_of(0, 1, 2))
     loss = trained.training_step(batch, 0)
 
     def velocity(noisy: Tensor, timestep: Tensor) -> Tensor:
@@ -140,17 +140,17 @@ def test_optimizer_holds_every_parameter_and_the_configured_rates():
 
 
 def test_conditions_are_dropped_by_sample_at_the_configured_rate() -> None:
-    dropped = [module(condition_dropout=0.25).on_before_batch_transfer(batch_of(*range(64)), 0)["dropped"]] * 2
+    dropped = [module(condition_dropout=0.25).draws(batch_of(*range(64)))["dropped"]] * 2
     assert dropped[0] == dropped[1] and 6 < len(dropped[0]) < 27  # 16 expected, 3 standard deviations are 10.4
-    alone = module(condition_dropout=0.25).on_before_batch_transfer(batch_of(dropped[0][0]), 0)
+    alone = module(condition_dropout=0.25).draws(batch_of(dropped[0][0]))
     assert alone["dropped"] == [0]
-    assert module(condition_dropout=0.0).on_before_batch_transfer(batch_of(*range(64)), 0)["dropped"] == []
+    assert module(condition_dropout=0.0).draws(batch_of(*range(64)))["dropped"] == []
 
 
 @torch.no_grad()
 def test_a_dropped_condition_is_the_text_of_the_empty_prompt() -> None:
     trained = module()
-    batch = {**trained.on_before_batch_transfer(batch_of(0, 1, 2), 0), "dropped": [1]}
+    batch = {**trained.draws(batch_of(0, 1, 2)), "dropped": [1]}
     losses = trained.loss_per_sample(batch)
     other = {**batch, "target_embeds": batch["target_embeds"] + 1}
     assert trained.loss_per_sample(other)[1] == pytest.approx(float(losses[1]), rel=1e-5)
@@ -166,6 +166,6 @@ def test_a_dropped_condition_is_the_text_of_the_empty_prompt() -> None:
 
 def test_the_conditioner_gets_gradients_where_all_conditions_are_dropped() -> None:
     trained = module()
-    batch = {**trained.on_before_batch_transfer(batch_of(0, 1), 0), "dropped": [0, 1]}
+    batch = {**trained.draws(batch_of(0, 1)), "dropped": [0, 1]}
     trained.training_step(batch, 0).backward()
     assert all(parameter.grad is not None for parameter in trained.decoder.adapter.parameters())

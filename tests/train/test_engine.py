@@ -180,7 +180,7 @@ def train_plainly(config: DecoderConfig) -> tuple[dict[str, Tensor], list[float]
     configured = module.configure_optimizers()
     losses, norms = [], []
     for batch in islice(loader, trainer.max_steps):
-        loss = module.training_step(module.on_before_batch_transfer(batch, 0), 0)
+        loss = module.training_step(module.draws(batch), 0)
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(module.parameters(), config.optim.max_grad_norm).item())
         configured["optimizer"].step()
