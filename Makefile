@@ -33,7 +33,7 @@ examples: $(VENV)/.ready ## paint, edit and answer with the weights that ship, i
 	$(BIN)/nexus-gen understand --input-image $(EXAMPLES)/yellow.png --prompt "What shape is the yellow object?"
 	$(BIN)/nexus-gen generate --language zh --prompt "三个绿色正方形，黑色背景" --result-path $(EXAMPLES)/squares.png
 	$(BIN)/nexus-gen edit --language zh --input-image $(EXAMPLES)/circle.png --instruction "把红色圆形移到右上角" --result-path $(EXAMPLES)/moved.png
-	$(BIN)/nexus-gen understand --input-image $(EXAMPLES)/squares.png --prompt "图中有几个形状？"
+	$(BIN)/nexus-gen understand --input-image $(EXAMPLES)/moved.png --prompt "红色圆形在哪里？"
 
 ui: $(VENV)/.ready ## the weights that ship in the browser
 	$(BIN)/nexus-gen ui
