@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import pytest
 from runs import losses, run_arguments, succeed
 
 from data.messages import read_rows
