@@ -5,6 +5,7 @@ import json
 import platform
 import shutil
 import subprocess
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,7 @@ def load_config(stage_dir: Path) -> StageConfig:
             section[leaf] = str(run / Path(section[leaf]).relative_to(recorded))
     for key in ADDED_SINCE.keys() & keys(values["stage"]):
         *sections, leaf = key.split(".")
-        section = values
-        for name in sections:
-            section = section[name]
+        section = reduce(lambda within, name: within.get(name) or {}, sections, values)  # `typed` names what is missing
         section.setdefault(leaf, ADDED_SINCE[key])
     return typed(values["stage"], {**values, "runs_dir": str(run.parent), "name": run.name})
 
