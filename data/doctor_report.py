@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import ImageFile
 
@@ -73,8 +73,7 @@ class Histogram:
 class QuarantineFile:
     """JSON lines of rows that training should leave out; it appears whole, when `keep` was called, or not at all.
 
-    A line holds where (`file:line`, or what else names the row), file, line, id, severity, the kind of the first error,
-    and the reasons of all.
+    A line holds what `data.quarantine` names a row by, then id, severity, the kind of the first error, all reasons.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,12 +85,9 @@ class QuarantineFile:
         self._file = open(self._aside, "w", encoding="utf-8", errors="backslashreplace")
         return self
 
-    def add(self, where: str, dataset: Path, row_id: str, errors: Sequence[Problem]) -> None:
-        name = where.removeprefix(f"{dataset}:")
+    def add(self, names: dict[str, Any], row_id: str, errors: Sequence[Problem]) -> None:
         values = {
-            "where": where,
-            "file": str(dataset),
-            "line": int(name) if name.isdecimal() else name,
+            **names,
             "id": row_id,
             "severity": ERROR,
             "kind": errors[0].kind,

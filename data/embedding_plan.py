@@ -21,6 +21,7 @@ from typing import Any
 
 from data.messages import RowError
 from data.mixture import Place, read_places
+from data.quarantine import LeftOut
 from data.shards import Listing, checksum, index_shard, read_member
 from nexus_gen.specs.artifact import digest, write_text_atomic
 from nexus_gen.specs.errors import UserError
@@ -138,7 +139,7 @@ class PlannedShard:
 class SplitRows:
     """The rows of a split that a stage embeds, and those it cannot use: where, id, reason.
 
-    A row that cannot be read counts as one of the stage's task.
+    A row that cannot be read counts as one of the stage's task. Rows that are quarantined are among the second.
     """
 
     split: str
@@ -146,7 +147,9 @@ class SplitRows:
     unusable: list[dict[str, str]]
 
     @staticmethod
-    def read(split: str, path: Path, task: str, all_pictures: bool, hashes: PictureHashes) -> "SplitRows":
+    def read(
+        split: str, path: Path, task: str, all_pictures: bool, hashes: PictureHashes, left_out: LeftOut
+    ) -> "SplitRows":
         """all_pictures: every picture of a row enters its embeddings; else its last one alone."""
         rows: list[RowFacts] = []
         unusable = []
@@ -154,16 +157,22 @@ class SplitRows:
         def set_aside(where: str, row_id: str, reason: str) -> None:
             unusable.append({"where": where, "id": row_id, "reason": reason})
 
-        read = ((p, row) for p, row in read_places(path) if isinstance(row, RowError) or row.task == task)
+        read = (
+            (place, row, reason)
+            for place, row, reason in read_places(path, left_out)
+            if isinstance(row, RowError) or row.task == task
+        )
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
             while group := list(islice(read, ROWS_AT_ONCE)):
-                entering = [[] if isinstance(row, RowError) else row.images for _, row in group]
+                entering = [[] if isinstance(row, RowError) or reason else row.images for _, row, reason in group]
                 hashed = pool.map(
                     lambda pictures: [hashes.of(picture) for picture in pictures[0 if all_pictures else -1 :]], entering
                 )
-                for (place, row), pictures in zip(group, hashed, strict=True):
+                for (place, row, reason), pictures in zip(group, hashed, strict=True):
                     where = row.where.removeprefix(f"{path.parent}/")
-                    if isinstance(row, RowError):
+                    if reason:
+                        set_aside(where, "" if isinstance(row, RowError) else row.id, reason)
+                    elif isinstance(row, RowError):
                         set_aside(where, "", row.problem)
                     elif row.messages[-1]["content"].count(IMAGE_TAG) != 1:
                         set_aside(where, row.id, "its last reply does not hold exactly one picture")

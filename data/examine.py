@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -25,6 +25,7 @@ from data.doctor_report import UNITS, Example, Histogram, QuarantineFile
 from data.messages import Row, RowError
 from data.mixture import Source, load_mixture
 from data.places import FirstPlaces
+from data.quarantine import named
 from data.records import Record, Records, open_records
 from data.shapes import mapping
 from nexus_gen.specs.errors import UserError
@@ -46,11 +47,12 @@ class Chunk(NamedTuple):
 
 
 class About(NamedTuple):
-    """What names a row with problems."""
+    """What names a row with problems; `named`: to a quarantine file."""
 
     where: str
     id: str
     words: str
+    named: dict[str, Any]
 
 
 @dataclass
@@ -179,8 +181,9 @@ def about(record: Record, row: Row | RowError) -> About:
     if isinstance(row, RowError):
         values = record.values or {}
         words = json.dumps(values, ensure_ascii=False, default=lambda value: type(value).__name__) if values else ""
-        return About(record.where, str(values.get("id", "")), words[:EXCERPT])
-    return About(record.where, row.id, " / ".join(message["content"] for message in row.messages)[:EXCERPT])
+        return About(record.where, str(values.get("id", "")), words[:EXCERPT], named(record))
+    words = " / ".join(message["content"] for message in row.messages)[:EXCERPT]
+    return About(record.where, row.id, words, named(record))
 
 
 def check_chunk(chunk: Chunk) -> ChunkReport:
@@ -249,7 +252,7 @@ class Doctor:
         quarantined = 0
         for index in sorted(chunk.problems):
             problems = chunk.problems[index]
-            where, row_id, words = chunk.about.get(index) or about(*_datasets[number].load(index))
+            where, row_id, words, names = chunk.about.get(index) or about(*_datasets[number].load(index))
             for kind, of_kind in groupby(sorted(problems, key=attrgetter("kind")), key=attrgetter("kind")):
                 self.report.rows_with[kind] += 1
                 examples = self.report.examples.setdefault(kind, [])
@@ -260,7 +263,7 @@ class Doctor:
             if errors := [problem for problem in problems if self.report.severity(problem.kind) == ERROR]:
                 quarantined += 1
                 if self._quarantine:
-                    self._quarantine.add(where, dataset.path, row_id, errors)
+                    self._quarantine.add(names, row_id, errors)
         dataset.rows += chunk.num_rows
         dataset.quarantined += quarantined
         dataset.left_out += chunk.left_out

@@ -14,7 +14,7 @@ import base64
 import difflib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -109,16 +109,19 @@ def check_rows(
     check_images: Literal["exists", "open"],
     row_format: str = AUTO,
     max_bad_fraction: float = 0.0,
+    left_out: Collection[int] = (),
 ) -> Summary:
     """Read every row of a dataset file; check_images: `exists` asks the file system, `open` decodes each picture.
 
-    Raises UserError with the first broken row and the number of all when they are more than max_bad_fraction of the
-    rows, and for a file without rows.
+    left_out: indices of rows that do not count. Raises UserError with the first broken row and the number of all when
+    they are more than max_bad_fraction of the rows, and for a file without rows.
     """
     summary = Summary()
     missing_picture = MissingPictures()
     num_bad, first = 0, None
-    for record in read_records(path):
+    for index, record in enumerate(read_records(path)):
+        if index in left_out:
+            continue
         summary.rows += 1
         try:
             row = parse_record(record, row_format)
@@ -133,7 +136,8 @@ def check_rows(
         else:
             summary.tasks[row.task] += 1
     if not summary.rows:
-        raise UserError(f"{path} holds no rows; a row is one JSON object with images and messages")
+        none = f"but the {len(left_out)} that are quarantined" if left_out else "at all"
+        raise UserError(f"{path} holds no rows {none}; a row is one JSON object with images and messages")
     if first and num_bad > max_bad_fraction * summary.rows:
         if num_bad == 1:
             raise first

@@ -32,6 +32,7 @@ import yaml
 
 from data.converters import AUTO, CONVERTERS
 from data.messages import TASKS, Row, RowError, check_rows, parse_record
+from data.quarantine import NOTHING, LeftOut
 from data.records import ROW_GROUPS_KEPT, Record, open_records
 from nexus_gen.specs.errors import UserError, nearest
 from nexus_gen.specs.prompts import LANGUAGES
@@ -147,13 +148,19 @@ def _source(entry: Any, where: str, path: Path) -> Source:
 Place = tuple[int, int, int]  # of a row: its source, the file there, its number in that file, all from 0
 
 
-def read_places(path: str | os.PathLike[str]) -> Iterator[tuple[Place, Row | RowError]]:
-    """Every row of a dataset or a mixture once, in the order of its files, whatever its weights and counts are."""
+def read_places(
+    path: str | os.PathLike[str], left_out: LeftOut = NOTHING
+) -> Iterator[tuple[Place, Row | RowError, str]]:
+    """Every row of a dataset or a mixture once, in the order of its files, whatever its weights and counts are.
+
+    The text says why a row is left out; it is empty for one that is not.
+    """
     spec = load_mixture(path)
     seen: set[str] = set()
     repeats = sum(len(source.files) for source in spec.sources) > len(spec.files)
     for source_number, source in enumerate(spec.sources):
         for file_number, file in enumerate(source.files):
+            reasons = left_out.of(file)
             for number, record in enumerate(open_records(file)):
                 row: Row | RowError
                 try:
@@ -164,7 +171,7 @@ def read_places(path: str | os.PathLike[str]) -> Iterator[tuple[Place, Row | Row
                     continue
                 if repeats:
                     seen.add(row.where)
-                yield (source_number, file_number, number), row
+                yield (source_number, file_number, number), row, reasons.get(number, "")
 
 
 class RowsByPlace:
@@ -185,24 +192,29 @@ class RowsByPlace:
         return self._sources[source].parse(self._records[source][file][number])
 
 
-def read_dataset(path: str | os.PathLike[str]) -> Iterator[Row]:
-    """The rows of `read_places`. Raises UserError as `read_rows` does."""
-    for _, row in read_places(path):
+def read_dataset(path: str | os.PathLike[str], left_out: LeftOut = NOTHING) -> Iterator[Row]:
+    """The rows of `read_places` that are not left out. Raises UserError as `read_rows` does."""
+    for _, row, reason in read_places(path, left_out):
+        if reason:
+            continue
         if isinstance(row, RowError):
             raise row
         yield row
 
 
-def check_dataset(path: str | os.PathLike[str], max_bad_fraction: float = 0.0) -> dict[str, int]:
+def check_dataset(
+    path: str | os.PathLike[str], max_bad_fraction: float = 0.0, left_out: LeftOut = NOTHING
+) -> dict[str, int]:
     """Read every row of a dataset or a mixture and ask whether its pictures exist; returns the rows of each task.
 
-    Raises UserError when a file has more broken rows than that fraction; below it, they are left to the trainer.
+    Rows that are left out do not count. Raises UserError when a file has more broken rows than that fraction; below it,
+    they are left to the trainer.
     """
     spec = load_mixture(path)
     formats = dict.fromkeys((file, source.format) for source in spec.sources for file in source.files)
     tasks = dict.fromkeys(TASKS, 0)
     for file, row_format in formats:
-        for task, count in check_rows(file, "exists", row_format, max_bad_fraction).tasks.items():
+        for task, count in check_rows(file, "exists", row_format, max_bad_fraction, left_out.of(file)).tasks.items():
             tasks[task] += count
     return {task: count for task, count in tasks.items() if count}
 
@@ -217,22 +229,23 @@ class Draw:
 
 
 class Mixture:
-    """The endless training order over a dataset's rows.
+    """The endless training order over a dataset's rows, but for those that are left out.
 
-    Raises UserError for a source none of whose rows is of its tasks and languages.
+    num_left_out: of the rows that the sources would take. Raises UserError for a source that has no rows then.
     """
 
-    def __init__(self, path: str | os.PathLike[str], seed: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], seed: int, left_out: LeftOut = NOTHING) -> None:
         self.spec = load_mixture(path)
         self.seed = seed
-        self._rows = [_SourceRows(source) for source in self.spec.sources]
+        self._rows = [_SourceRows(source, left_out) for source in self.spec.sources]
+        self.num_left_out = sum(rows.num_left_out for rows in self._rows)
         self.counts = _counts(self.spec, [len(rows) for rows in self._rows])
         self.epoch_rows = sum(self.counts)
         self._order = lru_cache(maxsize=2 * len(self._rows))(self._order_of)
         self._epoch = lru_cache(maxsize=2)(self._epoch_of)
 
     def __len__(self) -> int:
-        """Rows that the sources hold together."""
+        """Rows to draw from, of all sources together."""
         return sum(len(rows) for rows in self._rows)
 
     def draw(self, position: int) -> Draw:
@@ -249,10 +262,14 @@ class Mixture:
         generator = np.random.default_rng((self.seed, position, attempt))
         return replace(drawn, place=int(generator.integers(len(self._rows[drawn.source]))))
 
+    def record(self, draw: Draw) -> Record:
+        """The raw row of a draw."""
+        return self._rows[draw.source].record(draw.place)
+
     def row(self, draw: Draw) -> Row:
         """The row of a draw, with one of its texts where it offers several. Raises RowError."""
         source = self.spec.sources[draw.source]
-        row = source.parse(self._rows[draw.source].record(draw.place))
+        row = source.parse(self.record(draw))
         return row.drawn(np.random.default_rng((self.seed, draw.source, draw.turn, draw.place)), source.captions)
 
     def _order_of(self, source: int, turn: int) -> np.ndarray:
@@ -271,9 +288,9 @@ class Mixture:
 
 class _SourceRows:
     """The rows of a source's files that are of its tasks and languages, by index. A broken row counts: it has to be
-    named when its turn comes."""
+    named when its turn comes, unless it is left out."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, left_out: LeftOut) -> None:
         self._files = [open_records(file) for file in source.files]
         self._starts = np.cumsum([0, *(len(records) for records in self._files)])
         self._chunks = np.concatenate(
@@ -282,9 +299,19 @@ class _SourceRows:
         self._selected = np.arange(self._starts[-1])
         if source.tasks or source.languages:
             self._selected = np.array([n for n in self._selected if self._is_taken(source, n)], dtype=np.int64)
+        indices = [
+            start + index
+            for file, start in zip(source.files, self._starts[:-1], strict=True)
+            for index in left_out.of(file)
+        ]
+        num_selected = len(self._selected)
+        if indices:
+            self._selected = self._selected[~np.isin(self._selected, indices)]
+        self.num_left_out = num_selected - len(self._selected)
         if not len(self._selected):
             wanted = " ".join([*source.tasks, *source.languages, "rows"])
-            raise UserError(f"{source.path} holds no {wanted}; take the source out")
+            quarantined = f" but the {self.num_left_out} that are quarantined" if self.num_left_out else ""
+            raise UserError(f"{source.path} holds no {wanted}{quarantined}; take the source out")
 
     def _is_taken(self, source: Source, index: int) -> bool:
         try:

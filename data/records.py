@@ -4,13 +4,14 @@ A row that cannot be read is a Record with its problem: nothing is raised for it
 whoever reads can count. Only a file that cannot be opened at all raises. No torch here.
 """
 
+import hashlib
 import json
 import os
 import re
 import tarfile
 from abc import ABC, abstractmethod
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -32,7 +33,7 @@ class Record:
     where: what errors name it by: `file:line`, `file:row` (both from 1) or `tar:member`. name: what tells it from the
     other rows of its file. values: the row as it stands there, or None; then `problem` says why, and `kind` is what
     such problems are counted under. Picture paths are relative to the directory of `file`. members: the pictures that
-    a tar holds beside the row, by file name, in the order of their numbers.
+    a tar holds beside the row, by file name, in the order of their numbers. raw: what stands in place of a row.
     """
 
     where: str
@@ -42,6 +43,24 @@ class Record:
     kind: str = ""
     problem: str | None = None
     members: Mapping[str, ImageMember] = field(default_factory=lambda: MappingProxyType({}))
+    raw: bytes = field(default=b"", repr=False)
+
+    @property
+    def line(self) -> int | str:
+        """Its place as quarantine files have it: the number of the line or row, the name in a tar."""
+        return int(self.name) if self.name.isdecimal() and str(int(self.name)) == self.name else self.name
+
+    @property
+    def digest(self) -> str:
+        """Of what the row holds, pictures inside its file included: 16 hex digits. Files that it names do not enter."""
+        if self.values is None:
+            content = self.kind.encode() + b":" + self.raw.strip()
+        else:
+            content = json.dumps(self.values, sort_keys=True, default=_as_text).encode()
+        hasher = hashlib.sha256(content)
+        for name, member in self.members.items():
+            hasher.update(name.encode("utf-8", "surrogateescape") + member.read())
+        return hasher.hexdigest()[:16]
 
 
 class Records(ABC):
@@ -55,6 +74,10 @@ class Records(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Record: ...
+
+    def find(self, line: int | str) -> int | None:
+        """The index of the record of that `line`; None where there is none."""
+        return line - 1 if isinstance(line, int) and 0 < line <= len(self) else None
 
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
@@ -71,7 +94,7 @@ class Records(ABC):
     def _record(self, place: object, values: Any, kind: str = "", problem: str | None = None, **more: Any) -> Record:
         """A record, broken too when its values are no object."""
         if problem is None and not isinstance(values, dict):
-            kind = "json"
+            kind, more["raw"] = "json", json.dumps(values).encode()
             problem = f"a {type(values).__name__} where a JSON object with images and messages is needed"
         where = f"{self.path}:{place}"
         return Record(where, str(place), self.path, None if problem else values, kind, problem, **more)
@@ -82,9 +105,9 @@ class Records(ABC):
             values = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
         except UnicodeDecodeError as error:
             problem = f"not UTF-8 ({error.reason} at byte {error.start} of the row); save it as UTF-8"
-            return self._record(place, None, "encoding", problem, **more)
+            return self._record(place, None, "encoding", problem, raw=data, **more)
         except (ValueError, RecursionError) as error:
-            return self._record(place, None, "json", f"not JSON ({error}); a row is one JSON object", **more)
+            return self._record(place, None, "json", f"not JSON ({error}); a row is one JSON object", raw=data, **more)
         return self._record(place, values, **more)
 
 
@@ -105,6 +128,11 @@ class JsonLines(Records):
 
     def __len__(self) -> int:
         return len(self._places[0])
+
+    def find(self, line: int | str) -> int | None:
+        lines = self._places[1]
+        index = bisect_left(lines, line) if isinstance(line, int) else len(lines)
+        return index if index < len(lines) and lines[index] == line else None
 
     def __getitem__(self, index: int) -> Record:
         offsets, lines = self._places
@@ -236,6 +264,13 @@ class MessageTar(Records):
     def __len__(self) -> int:
         return len(self._samples)
 
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        return {key if problem else f"{key}.json": index for index, (key, _, problem) in enumerate(self._samples)}
+
+    def find(self, line: int | str) -> int | None:
+        return self._indices.get(str(line))
+
     def __getitem__(self, index: int) -> Record:
         key, members, problem = self._samples[index]
         if problem:
@@ -277,6 +312,11 @@ def open_records(path: str | os.PathLike[str]) -> Records:
 def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
     """The rows of a dataset file in order; raises as `open_records` does, never for a row."""
     yield from open_records(path)
+
+
+def _as_text(value: Any) -> str:
+    """A value that column formats have and JSON does not."""
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from data.mixture import read_dataset
+from data.messages import Row
+from data.mixture import read_places
 from data.shards import (
     Listing,
     Member,
@@ -343,8 +344,8 @@ def thumbnails(
             raise UserError(f"{config} does not exist; give --rows, the dataset that {artifact} was made from")
         rows = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["data"][arguments.split])
     found = {}
-    for row in read_dataset(rows):
-        if (row.source, row.id) in wanted and row.images:
+    for _, row, _ in read_places(rows):
+        if isinstance(row, Row) and (row.source, row.id) in wanted and row.images:
             image = open_image(row.images[-1])
             image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
             file = io.BytesIO()

@@ -10,7 +10,9 @@ from PIL import Image, ImageEnhance, ImageOps
 from runs import SMALLEST, STAGES, TRAINED, losses, nexus_gen, run_arguments, succeed
 from skimage import data
 
-from data.messages import check_rows
+from data.doctor import main as data_check
+from data.mixture import check_dataset
+from data.quarantine import read_left_out
 from nexus_gen.specs.artifact import Manifest, verify
 
 pytestmark = pytest.mark.slow
@@ -30,6 +32,8 @@ EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "让图片变暗。": lambda image: ImageEnhance.Brightness(image).enhance(0.4),
 }
 HELD_OUT = ("chelsea", "rocket")
+# Rows that every stage would refuse; the doctor names them and `data.quarantine` leaves them out.
+BROKEN = {"train": ["{", '{"id": "no messages"}'], "heldout": ["not JSON"]}
 
 
 def write_dataset(directory: Path) -> None:
@@ -52,7 +56,12 @@ def write_dataset(directory: Path) -> None:
         lines = [
             json.dumps({"id": str(number), **of_split[number]}, ensure_ascii=False) for number in range(len(of_split))
         ]
+        lines[1:1] = BROKEN[split_name]
         (directory / f"{split_name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    damaged = row(["images/damaged.jpg"], "A description: a cup", "<image>")
+    (directory / "images" / "damaged.jpg").write_bytes((directory / "images" / "coffee.jpg").read_bytes()[:900])
+    with open(directory / "train.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(damaged) + "\n")
 
 
 def row(images: list[str], question: str, answer: str) -> dict[str, Any]:
@@ -62,27 +71,33 @@ def row(images: list[str], question: str, answer: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("photographs")
-    write_dataset(directory)
-    return directory
+    """The dataset beside its quarantine file, moved since it was checked."""
+    checked = tmp_path_factory.mktemp("checked") / "photographs"
+    write_dataset(checked)
+    files = ["train.jsonl", "--heldout", "heldout.jsonl", "--quarantine", "quarantine.jsonl"]
+    arguments = [name if name.startswith("--") else str(checked / name) for name in files]
+    assert data_check(["check", *arguments, "--num-workers", "1"]) == 2
+    return checked.rename(tmp_path_factory.mktemp("moved") / "photographs")
 
 
 @pytest.fixture(scope="module")
 def photograph_run(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "photographs"
-    dataset = [f"data.train={photographs / 'train.jsonl'}", f"data.heldout={photographs / 'heldout.jsonl'}"]
+    dataset = [f"data.{split}={photographs / f'{split}.jsonl'}" for split in BROKEN]
+    dataset += ["data.max_bad_fraction=0", f"data.quarantine=[{photographs / 'quarantine.jsonl'}]"]
     smallest = [override for override in SMALLEST if not override.startswith("shapes.")]
-    succeed(
-        *run_arguments(
-            run, "pipeline=tiny_messages", *dataset, *smallest, "trainer.max_steps=2", "trainer.global_batch_size=4"
-        )
-    )
+    short = ["trainer.max_steps=2", "trainer.global_batch_size=4"]
+    said = succeed(*run_arguments(run, "pipeline=tiny_messages", *dataset, *smallest, *short))
+    (run / "said").write_text(said, encoding="utf-8")
     return run
 
 
 def test_every_stage_takes_photographs(photographs: Path, photograph_run: Path) -> None:
     tasks = {"understanding": 4, "generation": 4, "editing": 12}
-    assert check_rows(photographs / "train.jsonl", check_images="open").tasks == tasks
+    train = photographs / "train.jsonl"
+    left_out = read_left_out([photographs / "quarantine.jsonl"], [train])
+    assert check_dataset(train, left_out=left_out) == tasks
+    assert left_out.of(train).keys() == {1, 2, 22}
     for stage in STAGES[1:]:
         verify(photograph_run / stage / "artifact")
     for stage in TRAINED:
@@ -90,6 +105,23 @@ def test_every_stage_takes_photographs(photographs: Path, photograph_run: Path) 
     for stage, samples in (("embed_generation", (4, 2)), ("embed_editing", (12, 6))):
         splits = Manifest.load(photograph_run / stage / "artifact").details["splits"]
         assert tuple(sum(shard["samples"] for shard in splits[name]) for name in ("train", "heldout")) == samples
+
+
+def test_quarantined_rows_are_counted_by_every_stage_and_reach_none(photographs: Path, photograph_run: Path) -> None:
+    """A row that cannot be read counts in each embedding stage; the one of a damaged picture where its task is."""
+    manifests = {stage: Manifest.load(photograph_run / stage / "artifact") for stage in STAGES[2:]}
+    assert manifests["pretrain"].details["rows"] == {
+        "train": {"rows": 23, "used": 20, "quarantined": 3},
+        "heldout": {"rows": 11, "used": 10, "quarantined": 1},
+    }
+    assert not (photograph_run / "pretrain" / "quarantine").exists()
+    for stage, embedded, quarantined in (("embed_generation", 4, 3), ("embed_editing", 12, 2)):
+        rows = manifests[stage].details["rows"]
+        assert rows["train"] == {"rows": embedded + quarantined, "embedded": embedded, "quarantined": quarantined}
+        named = (photograph_run / stage / "artifact" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
+        assert len(named) == quarantined + 1
+    said = (photograph_run / "said").read_text(encoding="utf-8")
+    assert "train: 23 rows = 20 used + 3 quarantined" in said and "train: 7 rows = 4 embedded + 3 quarantined" in said
 
 
 def test_the_commands_serve_photographs(photographs: Path, photograph_run: Path, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from data.messages import Row, RowError
 from data.mixture import Mixture
+from data.quarantine import named
+from data.records import Record
 from nexus_gen.specs.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ class TooLong(ValueError):
 class Quarantine:
     """The bad rows of a run, one JSON object for each in a file per rank, and the rate past which the run stops.
 
+    The files are some that `data.quarantine` reads.
     Rows are counted once, by all ranks, their loader processes and earlier tries of the run together: every process
     reads what the others wrote before it writes. num_rows: rows of the dataset.
     """
@@ -53,7 +56,7 @@ class Quarantine:
             self._bad.update(json.loads(line)["where"] for line in lines)
         return len(self._bad)
 
-    def add(self, position: int, error: RowError) -> None:
+    def add(self, position: int, error: RowError, record: Record) -> None:
         """Set a row aside that stands at a position of the training order.
 
         UserError when more than max_bad_fraction of the rows are bad, out of those up to this position but at least
@@ -61,7 +64,7 @@ class Quarantine:
         """
         len(self)
         if error.where not in self._bad:
-            entry = {"where": error.where, "kind": error.kind, "reason": error.problem, "position": position}
+            entry = {**named(record), "kind": error.kind, "reason": error.problem, "position": position}
             self._directory.mkdir(parents=True, exist_ok=True)
             line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
             # One write at the end of the file: loader processes of a rank share it.
@@ -127,7 +130,7 @@ class MessageStream(Dataset[dict[str, Any]]):
             try:
                 return self._encoded(self._mixture.row(draw))
             except RowError as error:
-                self._quarantine.add(position, error)
+                self._quarantine.add(position, error, self._mixture.record(draw))
                 draw = self._mixture.replacement(position, attempt)
         raise UserError(f"{MAX_REPLACEMENTS} rows in a row are bad at position {position} of the training order")
 

@@ -81,12 +81,18 @@ class PretrainStage(Stage[PretrainConfig]):
         if self.rank == 0:
             remove_incomplete_checkpoints(checkpoints)
         self.barrier()
-        mixture = Mixture(config.data.train, config.seed)
+        left_out = self.from_rank_zero(config.data.left_out)
+        mixture = Mixture(config.data.train, config.seed, left_out)
+        heldout = Mixture(config.data.heldout, HELDOUT_SEED, left_out)
+        rows = {"train": row_counts(mixture), "heldout": row_counts(heldout)}
+        if config.data.quarantine and self.rank == 0:
+            for split, counts in rows.items():
+                log.info("%s: %d rows = %d used + %d quarantined", split, *counts.values())
         config = config.with_steps(mixture.epoch_rows)
         budget, before = config.data.token_budget, complete_checkpoints(checkpoints)
         if budget and before and tokens_seen(before[-1]) >= budget:  # only the artifact is missing
             config = replace(config, trainer=replace(config.trainer, max_steps=checkpoint_step(before[-1])))
-        pipeline = PretrainPipeline(config, mixture, self.rank, self.world_size, self.device_type)
+        pipeline = PretrainPipeline(config, mixture, heldout, self.rank, self.world_size, self.device_type)
         pipeline.main()
         if not pipeline.finished:
             return False
@@ -104,6 +110,7 @@ class PretrainStage(Stage[PretrainConfig]):
                 "target_grid": TARGET_GRID,
                 "steps": pipeline.trainer.state.global_step,
                 "tokens": pipeline.guard.tokens_seen,
+                "rows": rows,
                 # Throughput stays in metrics.jsonl: details enter the artifact's fingerprint.
                 "metrics": latest(self.run_dir, "train/") | latest(self.run_dir, "heldout/"),
             }
@@ -112,15 +119,23 @@ class PretrainStage(Stage[PretrainConfig]):
         return True
 
 
+def row_counts(mixture: Mixture) -> dict[str, int]:
+    """Rows of a dataset as the mixture takes them: rows = used + quarantined before training."""
+    used, quarantined = len(mixture), mixture.num_left_out
+    return {"rows": used + quarantined, "used": used, "quarantined": quarantined}
+
+
 class PretrainPipeline(SwiftSft):
     """Swift's own pipeline, with our dataset order and our callbacks; the loss is the model's.
 
     finished: after `main()`, whether all steps are done; a SIGTERM ends training before.
     """
 
-    def __init__(self, config: PretrainConfig, mixture: Mixture, rank: int, world_size: int, device_type: str) -> None:
+    def __init__(
+        self, config: PretrainConfig, mixture: Mixture, heldout: Mixture, rank: int, world_size: int, device_type: str
+    ) -> None:
         self.config = config
-        self.mixture = mixture
+        self.mixture, self.heldout = mixture, heldout
         self.rank = rank
         self.world_size = world_size
         self.accumulation = config.trainer.accumulation(world_size)
@@ -182,7 +197,7 @@ class PretrainPipeline(SwiftSft):
 
     def _heldout_batches(self) -> list[dict[str, Tensor]]:
         """The first held-out rows of an order that never changes, collated."""
-        mixture = Mixture(self.config.data.heldout, HELDOUT_SEED)
+        mixture = self.heldout
         count, size = min(self.config.heldout.num_samples, len(mixture)), self.config.trainer.micro_batch_size
         quarantine = self._quarantine(mixture, "heldout")
         stream = MessageStream(

@@ -19,13 +19,14 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from data.mixture import read_dataset
 from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import default_run, results_of
 from train.gain import Gain, gains_of, summary
 from train.metrics import read_metrics
 from train.schemas.run_directory import load_config
-from train.schemas.stages import SCHEMAS, DecoderConfig, StageConfig
+from train.schemas.stages import SCHEMAS, DecoderConfig, PretrainConfig, StageConfig
 
 log = logging.getLogger(__name__)
 
@@ -173,13 +174,15 @@ def main(argv: list[str]) -> int:
         for role, where in config.inputs().items():
             if role in ("data.heldout", "model.flux") and not where.exists():
                 raise UserError(f"{role} of {run / config.stage}, {where}, does not exist any more; put it back there")
-    heldout = configs[0].inputs()["data.heldout"]
+    pretrain = configs[0]
+    assert isinstance(pretrain, PretrainConfig)
+    rows = list(read_dataset(pretrain.data.heldout, pretrain.data.left_out("heldout")))
     gains = gains_of(run, arguments.against) if arguments.against else []
     from train.report_samples import draw_samples  # loads torch: only once the arguments hold
 
     output = arguments.output or results_of(run) / "report.html"
     with_start = not missing_start(configs)
-    samples = draw_samples(run, heldout, arguments.num_samples, arguments.device, with_start)
+    samples = draw_samples(run, rows, arguments.num_samples, arguments.device, with_start)
     render(run, samples, with_start, gains, output)
     if gains:
         print(summary(gains))

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from data.messages import Row
-from data.mixture import read_dataset
 from nexus_gen.ar_checkpoint import load_autoregressive
 from nexus_gen.inference import NexusGen
 from nexus_gen.specs.images import open_image
@@ -89,9 +88,8 @@ def first_rows(rows: list[Row], task: str, count: int) -> list[Row]:
     return [row for turn in zip_longest(*turns.values()) for row in turn if row is not None][:count]
 
 
-def draw_samples(run: Path, heldout: Path, num_samples: int, device: str, with_start: bool) -> Samples:
+def draw_samples(run: Path, rows: list[Row], num_samples: int, device: str, with_start: bool) -> Samples:
     """Paint and answer held-out rows of each task; noise is the same before and after. with_start: see `models`."""
-    rows = list(read_dataset(heldout))
     untrained, trained = models(run, "generation_decoder", device, with_start)
     generation = []
     for row in first_rows(rows, "generation", num_samples):

@@ -28,7 +28,7 @@ class StandinsStage(Stage[StandinsStageConfig]):
     def fill(self, directory: Path) -> dict[str, Any]:
         from train.standins import build_standins  # transformers and diffsynth: five seconds that shapes can do without
 
-        rows = list(read_dataset(Path(self.config.data.train)))
+        rows = list(read_dataset(self.config.data.train, self.config.data.left_out()))
         words = [text for row in rows for choice in row.choices for texts in choice.values() for text in texts]
         scenes = {
             picture: scene

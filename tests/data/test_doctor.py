@@ -22,6 +22,7 @@ from data.doctor_report import QuarantineFile, write_page
 from data.examine import Report, examine, open_datasets
 from data.messages import Row
 from data.places import FirstPlaces
+from data.records import open_records
 from nexus_gen.specs.errors import UserError
 
 ASK, ANSWER = {"role": "user", "content": "<image> what?"}, {"role": "assistant", "content": "a cat"}
@@ -197,6 +198,7 @@ def test_nothing_depends_on_the_number_of_workers(tmp_path: Path, monkeypatch: p
         "where": f"{path}:4",
         "file": str(path),
         "line": 4,
+        "digest": open_records(path)[3].digest,
         "id": "4",
         "severity": "error",
         "kind": "missing_picture",

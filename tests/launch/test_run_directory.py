@@ -1,9 +1,11 @@
 """What of an earlier try a stage keeps."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from data.doctor import main as check
 from launch.compose import Override, compose_stage
 from nexus_gen.specs.artifact import Manifest, seal
 from nexus_gen.specs.errors import UserError
@@ -108,6 +110,53 @@ def test_a_request_keeps_the_checkpoints_of_an_unfinished_try(runs: Path) -> Non
     request_another(stage(runs))
     prepare(stage(runs))
     assert checkpoint.exists()
+
+
+def test_quarantine_files_count_by_content_and_follow_their_run(runs: Path) -> None:
+    inside, outside = runs / "tiny" / "pretrain" / "quarantine" / "rank0.jsonl", runs / "quarantine.jsonl"
+    for path in (inside, outside):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    config = stage(runs, f"data.quarantine=[{inside.parent},{outside}]")
+    assert "quarantine" not in str(identity(stage(runs))) and not unchanged(config)
+    attempt(config)
+    finish(config)
+    assert unchanged(config)
+    inside.write_text("\n")
+    assert not unchanged(config)
+    (runs / "tiny").rename(runs / "moved")
+    moved = load_config(runs / "moved" / "standins").inputs()
+    assert moved["data.quarantine[0]"] == runs / "moved" / "pretrain" / "quarantine"
+    assert moved["data.quarantine[1]"] == outside
+
+
+def test_quarantine_files_are_held_against_the_dataset_first(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (runs / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for name in ("rows", "heldout"):
+        (runs / f"{name}.jsonl").write_text(json.dumps({"messages": turns}) + "\n{\n")
+    quarantine, own = runs / "quarantine.jsonl", runs / "tiny" / "pretrain" / "quarantine"
+    (runs / "other.jsonl").write_text("{\n")
+    files = [*(str(runs / f"{name}.jsonl") for name in ("rows", "heldout", "other")), "--quarantine", str(quarantine)]
+    assert check(["check", *files, "--num-workers", "1"]) == 2
+
+    def pretrain(*quarantine: Path) -> StageConfig:
+        paths = [f"data.heldout={runs / 'heldout.jsonl'}", f"model.qwen={runs}"]
+        files = ",".join(map(str, quarantine))
+        return stage(runs, "stage=pretrain", *paths, "data.max_bad_fraction=0", f"data.quarantine=[{files}]")
+
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: not JSON"):
+        pretrain().preflight()
+    pretrain(quarantine).preflight()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"data.quarantine names {runs / 'other.jsonl'}, which is in neither data.train nor data.heldout (rows: 1)"
+    ]
+    own.mkdir(parents=True)
+    with pytest.raises(UserError, match="is written by this stage itself; give a copy"):
+        pretrain(own).preflight()
+    quarantine.write_text(quarantine.read_text().replace("rows.jsonl", "a.jsonl").replace("heldout.jsonl", "b.jsonl"))
+    with pytest.raises(UserError, match=r"names rows of .*a\.jsonl, .*, and of no file of data.train and data.heldout"):
+        pretrain(quarantine).preflight()
 
 
 def test_a_recorded_config_follows_its_run(runs: Path) -> None:

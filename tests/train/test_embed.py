@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data.doctor import main as check
 from data.loader import ShardLoader
 from data.shards import index_shard, read_sample
 from data.shards_commands import main
@@ -196,6 +197,16 @@ def test_bad_pictures_are_named_counted_and_stop_the_stage_past_the_rate(changed
     ]
     assert all("cannot be read" in entry["reason"] for entry in quarantine)
     assert main(["verify", str(changed.artifact_dir)]) == 0
+    # The same rows, named by the doctor: nobody comes across them then.
+    named = data / "quarantine.jsonl"
+    assert check(["check", str(data / "train.jsonl"), "--quarantine", str(named), "--num-workers", "1"]) == 2
+    left_out = elsewhere(changed, Path(changed.runs_dir), max_bad_fraction=0.0, quarantine=[str(named)])
+    said = runs.run(left_out, 2)
+    assert to_embed(said)[0] == 0 and "16 rows = 14 embedded + 2 quarantined" in said
+    assert Manifest.load(left_out.artifact_dir).details["rows"] == details["rows"]
+    assert [entry["where"] for entry in runs.read_jsonl(left_out.artifact_dir / "quarantine.jsonl")] == [
+        entry["where"] for entry in quarantine
+    ]
     shutil.copyfile(data / "whole.png", data / "train7.png")
     strict = elsewhere(changed, Path(changed.runs_dir), max_bad_fraction=0.01)
     ranks = runs.start(strict)

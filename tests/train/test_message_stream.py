@@ -9,6 +9,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from data.mixture import Mixture
+from data.quarantine import NOTHING, LeftOut, read_left_out
 from nexus_gen.specs.errors import UserError
 from train.message_stream import MessageStream, Quarantine, TooLong
 
@@ -36,9 +37,15 @@ def encode(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(
-    path: Path, bad: Path, rank: int = 0, world_size: int = 1, num_samples: int = 72, fraction: float = 0.5
+    path: Path,
+    bad: Path,
+    rank: int = 0,
+    world_size: int = 1,
+    num_samples: int = 72,
+    fraction: float = 0.5,
+    left_out: LeftOut = NOTHING,
 ) -> MessageStream:
-    mixture = Mixture(path, seed=5)
+    mixture = Mixture(path, seed=5, left_out=left_out)
     quarantine = Quarantine(bad, rank, max_bad_fraction=fraction, num_rows=len(mixture))
     return MessageStream(
         mixture, encode, quarantine, num_samples=num_samples, micro_batch_size=2, world_size=world_size
@@ -109,6 +116,25 @@ def test_the_run_stops_past_the_rate(fraction: float, stops: bool, tmp_path: Pat
         return
     with pytest.raises(UserError, match=r"rows.jsonl:\d+: .* bad rows of 17 are more than data.max_bad_fraction"):
         read(stream, 0, 1)
+
+
+def test_what_a_run_set_aside_another_leaves_out(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    for rank in range(2):
+        read(build(path, tmp_path / "bad", rank, 2), rank, 2)
+    left_out = read_left_out([tmp_path / "bad"], [path])
+    assert {index + 1 for index in left_out.of(path)} == BAD.keys()
+    good = NUM_ROWS - len(BAD)
+    for world_size in (1, 2):
+        streams = [
+            build(path, tmp_path / "none", rank, world_size, 2 * good, fraction=0.0, left_out=left_out)
+            for rank in range(world_size)
+        ]
+        seen = Counter(
+            line for rank, stream in enumerate(streams) for batch in read(stream, rank, world_size) for line in batch
+        )
+        assert seen == {line: 2 for line in range(1, NUM_ROWS + 1) if line not in BAD}
+    assert not (tmp_path / "none").exists()
 
 
 def test_all_ranks_and_tries_count_together_and_a_row_once(tmp_path: Path) -> None:

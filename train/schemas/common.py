@@ -1,16 +1,19 @@
 """Config sections that several stages share. Names, types and units live here; values live in configs/."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
+from data.mixture import load_mixture
+from data.quarantine import LeftOut, read_left_out
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry
 
 # Marks on a field's type. PATH: made absolute when composed; its content enters fingerprints, its place does not.
-# RUNTIME: changes how a stage runs and not what it makes; left out of fingerprints.
+# Of a list, each. RUNTIME: changes how a stage runs and not what it makes; left out of fingerprints.
 PATH = "path"
 RUNTIME = "runtime"
 PathStr = Annotated[str, PATH]
+PathList = Annotated[list[str], PATH]
 
 
 def one_of(key: str, value: Any, *valid: Any) -> None:
@@ -207,8 +210,35 @@ class ModelConfig(DiffusionConfig, QwenConfig):
 
 
 @dataclass
-class MessagesConfig:
-    """Message datasets or mixtures of them. max_pixels bounds user-side images.
+class TrainRowsConfig:
+    """train: a message dataset or a mixture. quarantine: files of rows that are left out, as `nexus-gen data check` and
+    training write them, or directories of such."""
+
+    train: PathStr
+    quarantine: PathList
+
+    splits: ClassVar[tuple[str, ...]] = ("train",)
+
+    def left_out(self, *splits: str) -> LeftOut:
+        """The rows of these splits, of all unless given, that are quarantined; reads them. Raises UserError."""
+        if not self.quarantine:
+            return LeftOut()
+        files = [file for split in splits or self.splits for file in load_mixture(getattr(self, split)).files]
+        return read_left_out(self.quarantine, list(dict.fromkeys(files)))
+
+
+@dataclass
+class RowsConfig(TrainRowsConfig):
+    """heldout: a message dataset or a mixture."""
+
+    heldout: PathStr
+
+    splits: ClassVar[tuple[str, ...]] = ("train", "heldout")
+
+
+@dataclass
+class MessagesConfig(RowsConfig):
+    """What pretraining reads. max_pixels bounds user-side images.
 
     max_length: tokens of a row after image resizing; a longer row is bad, never cut. max_bad_fraction: of the rows read
     so far (a thousand at least); bad rows are quarantined and replaced, and past this rate the run stops.
@@ -225,5 +255,3 @@ class MessagesConfig:
     max_bad_fraction: Annotated[float, RUNTIME]
     num_epochs: float
     token_budget: int
-    train: PathStr
-    heldout: PathStr

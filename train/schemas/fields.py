@@ -35,15 +35,18 @@ def keys(stage: str) -> set[str]:
     return {key for key, _ in walk(SCHEMAS[stage])}
 
 
-def path_values(stage: str, values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """(section, key) of every path that a stage's plain values give; empty and missing ones are left out."""
+def path_values(stage: str, values: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """(section, key) or (list, index) of every path that a stage's plain values give; what is empty is left out."""
     for key, marks in walk(SCHEMAS[stage]):
         if PATH in marks:
             *sections, leaf = key.split(".")
             section = values
             for name in sections:
                 section = section.get(name, {})
-            if section.get(leaf) and section[leaf] != "???":
+            value = section.get(leaf)
+            if isinstance(value, list):
+                yield from ((value, index) for index in range(len(value)))
+            elif value and value != "???":
                 yield section, leaf
 
 
@@ -58,6 +61,8 @@ def typed(stage: str, values: dict[str, Any]) -> StageConfig:
     except MissingMandatoryValue as error:
         raise UserError(f"stage={stage} needs {error.full_key}=...; it has no default") from error
     except OmegaConfBaseException as error:
+        if "is not a ListConfig" in str(error.msg):
+            raise UserError(f"{error.full_key} takes a list: {error.full_key}=[A,B]") from error
         raise UserError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from error
     assert isinstance(config, StageConfig)
     config.check()

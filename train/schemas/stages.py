@@ -1,6 +1,7 @@
 """The whole resolved config of each stage, and the checks that need no model: run before any process starts."""
 
 import json
+import logging
 import math
 import os
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 from data.embedding_plan import HASHES, PictureHashes, SplitRows
 from data.mixture import check_dataset, load_mixture
+from data.quarantine import LeftOut
 from data.shapes import ShapesConfig
 from data.shards import EMBED_DTYPES, ShardSpec, require_global_batch
 from nexus_gen.specs.artifact import Manifest
@@ -34,11 +36,15 @@ from train.schemas.common import (
     OptimConfig,
     PathStr,
     QwenConfig,
+    RowsConfig,
     SamplesConfig,
     TrainerConfig,
+    TrainRowsConfig,
     one_of,
     positive,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -127,24 +133,19 @@ class StandinsModelConfig:
 
 
 @dataclass
-class StandinsDataConfig:
-    train: PathStr
-
-
-@dataclass
 class StandinsStageConfig(StageConfig):
     model: StandinsModelConfig
-    data: StandinsDataConfig
+    data: TrainRowsConfig
     standins: StandinsConfig
 
     kind: ClassVar[str] = "base_models"
 
     def inputs(self) -> dict[str, Path]:
-        return message_inputs("data.train", self.data.train)
+        return message_inputs(self.data)
 
     def preflight(self) -> None:
         super().preflight()
-        check_dataset(self.data.train)
+        check_dataset(self.data.train, left_out=self.data.left_out())
 
 
 @dataclass
@@ -215,15 +216,15 @@ class PretrainConfig(StageConfig):
     def inputs(self) -> dict[str, Path]:
         return {
             "model.qwen": Path(self.model.qwen),
-            **message_inputs("data.train", self.data.train),
-            **message_inputs("data.heldout", self.data.heldout),
+            **message_inputs(self.data),
         }
 
     def preflight(self) -> None:
         super().preflight()
         require_checkpoint("model.qwen", self.model.qwen)
-        check_dataset(self.data.train, self.data.max_bad_fraction)
-        check_dataset(self.data.heldout)
+        left_out = checked_quarantine(self, self.data)
+        check_dataset(self.data.train, self.data.max_bad_fraction, left_out)
+        check_dataset(self.data.heldout, left_out=left_out)
 
 
 @dataclass
@@ -255,13 +256,11 @@ class EmbedEditing(EmbedConfig):
 
 
 @dataclass
-class EmbedDataConfig:
+class EmbedDataConfig(RowsConfig):
     """max_bad_fraction: of all rows; bad ones are quarantined, and past this rate the stage stops."""
 
     max_pixels: int
     max_bad_fraction: Annotated[float, RUNTIME]
-    train: PathStr
-    heldout: PathStr
 
 
 @dataclass
@@ -293,17 +292,18 @@ class EmbedStageConfig(StageConfig):
     def inputs(self) -> dict[str, Path]:
         inputs = {
             "embed.autoregressive": Path(self.embed.autoregressive),
-            **message_inputs("data.train", self.data.train),
-            **message_inputs("data.heldout", self.data.heldout),
+            **message_inputs(self.data),
         }
         return {**inputs, "model.flux": Path(self.model.flux)} if self.embed.latents else inputs
 
     def read_splits(self) -> list[SplitRows]:
         """The rows of both splits with what their pictures hold; only new or changed pictures are read for it."""
-        hashes = PictureHashes(self.run_dir / HASHES)
+        hashes, left_out = PictureHashes(self.run_dir / HASHES), self.data.left_out()
         splits = [
-            SplitRows.read(split, Path(getattr(self.data, split)), self.task, self.reads_conversations, hashes)
-            for split in ("train", "heldout")
+            SplitRows.read(
+                split, Path(getattr(self.data, split)), self.task, self.reads_conversations, hashes, left_out
+            )
+            for split in self.data.splits
         ]
         hashes.save()
         return splits
@@ -314,8 +314,9 @@ class EmbedStageConfig(StageConfig):
     def preflight(self) -> None:
         super().preflight()
         require_checkpoint("embed.autoregressive", self.embed.autoregressive)
+        left_out = checked_quarantine(self, self.data)
         for split in (self.data.train, self.data.heldout):
-            tasks = check_dataset(split, self.data.max_bad_fraction)
+            tasks = check_dataset(split, self.data.max_bad_fraction, left_out)
             if self.task not in tasks:
                 raise UserError(f"{split} holds no {self.task} rows (it has {tasks}); stage={self.stage} needs some")
 
@@ -521,11 +522,30 @@ class EditingDecoderConfig(DecoderConfig):
         require_checkpoint("model.qwen", self.model.qwen)
 
 
-def message_inputs(role: str, path: str) -> dict[str, Path]:
-    """A dataset, and every file that it draws from where it is a mixture: their contents count, too."""
-    where = Path(path)
-    files = load_mixture(where).files if where.is_file() else []
-    return {role: where, **{f"{role}[{n}]": file for n, file in enumerate(files) if file != where}}
+def message_inputs(data: TrainRowsConfig) -> dict[str, Path]:
+    """Datasets, every file that they draw from where they are mixtures, quarantine files: their contents count."""
+    inputs = {}
+    for role in data.splits:
+        inputs[f"data.{role}"] = where = Path(getattr(data, role))
+        files = load_mixture(where).files if where.is_file() else []
+        inputs |= {f"data.{role}[{n}]": file for n, file in enumerate(files) if file != where}
+    return inputs | {f"data.quarantine[{n}]": Path(path) for n, path in enumerate(data.quarantine)}
+
+
+def checked_quarantine(config: StageConfig, data: RowsConfig) -> LeftOut:
+    """The rows that a stage leaves out. UserError when it writes the files itself, or none of their rows is its own."""
+    for path in data.quarantine:
+        if Path(path).is_relative_to(config.run_dir):
+            raise UserError(f"data.quarantine: {path} is written by this stage itself; give a copy from outside of it")
+    left_out = data.left_out()
+    if left_out.elsewhere and not left_out:
+        raise UserError(
+            f"data.quarantine names rows of {', '.join(left_out.elsewhere)}, and of no file of data.train and "
+            "data.heldout; run `nexus-gen data check` on these and give what it writes"
+        )
+    for file, count in left_out.elsewhere.items():
+        log.warning("data.quarantine names %s, which is in neither data.train nor data.heldout (rows: %d)", file, count)
+    return left_out
 
 
 def require_checkpoint(key: str, directory: str | os.PathLike[str]) -> dict[str, Any]:
