@@ -43,6 +43,7 @@ SMALLEST = (
     "embed.samples_per_shard=4",
     "embed.batch_size=2",
     "embed.num_workers=0",
+    "embed.null_context=true",
     "sampling.num_inference_steps=2",
     "average.decay=0.9",
     "average.export=average",

@@ -12,16 +12,22 @@ import pytest
 import torch
 import yaml
 from runs import STEPS, TRAINED, copy_run, interrupt, losses, stage_arguments, succeed, weights
+from safetensors.torch import load_file
 
 from data.mixture import Mixture
+from data.shards import CONSTANTS
 from data.token_lengths import TokenLengths
 from nexus_gen.specs.artifact import Manifest, verify
 from nexus_gen.specs.images import open_image
+from nexus_gen.text_encoders import encode_context, encode_pooled
+from train.schemas.run_directory import load_config
+from train.schemas.stages import DecoderConfig
 
 pytestmark = pytest.mark.slow
 
 TOKENS = "train/tokens_seen"
 TWO = "launch.processes_per_node=2"
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 @pytest.fixture(scope="module", params=TRAINED)
@@ -31,8 +37,14 @@ def two_processes(request: pytest.FixtureRequest, tiny_run: Path, tmp_path_facto
 
 
 def train(tiny_run: Path, to: Path, stage: str, *overrides: str) -> Path:
-    """Train one stage of a copy of the tiny run on two processes; returns the stage's directory."""
+    """Train one stage of a copy of the tiny run on two processes; returns the stage's directory.
+
+    A decoder finds no text encoders: the constants beside its shards are all that it has of the empty prompt.
+    """
     copy_run(tiny_run, to, stage)
+    if stage != "pretrain":
+        for name in TEXT_PARTS:
+            shutil.rmtree(to / "standins" / "artifact" / "FLUX.1-dev" / name)
     assert f"{stage}: 2 process(es)" in succeed(*stage_arguments(to, stage, TWO, *overrides))
     return to / stage
 
@@ -52,6 +64,21 @@ def assert_same_training(one: Path, other: Path) -> None:
 
 def test_one_process_and_two_train_alike(tiny_run: Path, two_processes: Path) -> None:
     assert_same_training(two_processes, tiny_run / two_processes.name)
+
+
+def test_a_decoder_trains_without_text_encoders(tiny_run: Path, two_processes: Path) -> None:
+    if two_processes.name == "pretrain":
+        pytest.skip("it reads no text encoders")
+    flux = two_processes.parent / "standins" / "artifact" / "FLUX.1-dev"
+    assert not any((flux / name).exists() for name in TEXT_PARTS)
+    config = load_config(two_processes)
+    assert isinstance(config, DecoderConfig)
+    assert config.objective.condition_dropout > 0  # takes T5's constant, all samples take CLIP's
+    constants = load_file(Path(config.shards) / CONSTANTS)
+    with_encoders = tiny_run / "standins" / "artifact" / "FLUX.1-dev"
+    assert torch.equal(constants["pooled"], encode_pooled(with_encoders, "", torch.float32))
+    assert torch.equal(constants["null_context"], encode_context(with_encoders, "", torch.float32))
+    assert len(list((two_processes / "samples").glob("*.png"))) > 0
 
 
 def test_zero_2_and_zero_3_train_alike(tiny_run: Path, two_processes: Path, tmp_path: Path) -> None:
