@@ -239,7 +239,7 @@ class MessageTar(Records):
                     else:
                         place = f"{self.path}:{member.name}"
                         members[name] = ImageMember(place, self.path, member.offset_data, member.size)
-                damage = self._damage_behind(tar.offset)
+                damage = tar_damage(self.path, tar.offset)
         except (tarfile.TarError, OSError, ValueError) as error:
             damage = f"the tar is damaged here ({error})"
         found: list[tuple[str, dict[str, ImageMember], str | None]] = []
@@ -251,15 +251,6 @@ class MessageTar(Records):
             last = list(samples)[-1] if samples else "its first block"
             found.append((f"after {last}", {}, f"{damage}; what follows is lost, write the tar again"))
         return found
-
-    def _damage_behind(self, offset: int) -> str | None:
-        """tarfile stops without a word at a header that it cannot read; an end has a block of zeros there."""
-        with open(self.path, "rb") as file:
-            file.seek(offset)
-            block = file.read(tarfile.BLOCKSIZE)
-        if len(block) < tarfile.BLOCKSIZE:
-            return "the tar is cut short"
-        return "the tar is damaged here" if any(block) else None
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -312,6 +303,19 @@ def open_records(path: str | os.PathLike[str]) -> Records:
 def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
     """The rows of a dataset file in order; raises as `open_records` does, never for a row."""
     yield from open_records(path)
+
+
+def tar_damage(path: Path, offset: int, end_blocks: int = 1) -> str | None:
+    """What is wrong where tarfile stopped reading: it does so without a word at a header that it cannot read.
+
+    offset: of that place. end_blocks: of zeros that an end has there; tar writes two, and one is enough to be sure.
+    """
+    with open(path, "rb") as file:
+        file.seek(offset)
+        end = file.read(end_blocks * tarfile.BLOCKSIZE)
+    if any(end):
+        return "the tar is cut short" if len(end) < tarfile.BLOCKSIZE else "the tar is damaged here"
+    return "the tar is cut short" if len(end) < end_blocks * tarfile.BLOCKSIZE else None
 
 
 def _as_text(value: Any) -> str:

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.records import tar_damage
 from nexus_gen.specs.artifact import Manifest, hash_file, write_text_atomic
 from nexus_gen.specs.errors import UserError
 
@@ -236,6 +237,8 @@ def scan_shard(path: Path, salvage: bool = False) -> dict[str, dict[str, Member]
                 if extension in samples.setdefault(key, {}):
                     raise UserError(f"shard {path} holds {member.name} twice; {repair_hint(path)}")
                 samples[key][extension] = (member.offset_data, member.size)
+            if damage := tar_damage(path, tar.offset, end_blocks=2):
+                raise tarfile.ReadError(damage)
     except (tarfile.TarError, OSError) as error:
         if not salvage:
             raise UserError(f"shard {path} cannot be read ({error}); {repair_hint(path)}") from error

@@ -17,7 +17,7 @@ from webdataset import TarWriter, WebDataset, split_by_node
 
 from data.loader import ShardLoader
 from data.quantize import quantize
-from data.shards import ShardSpec, index_shard, read_sample, save_samples, write_shard
+from data.shards import ShardSpec, index_shard, read_sample, save_samples, scan_shard, write_shard
 from nexus_gen.specs.artifact import Manifest, hash_file, seal
 from nexus_gen.specs.errors import UserError
 
@@ -193,6 +193,26 @@ def test_damage_is_found(artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "noise.tar").write_bytes(b"\x01" * 4096)
     with pytest.raises(UserError, match="cannot be read"):
         index_shard(tmp_path / "noise.tar")
+
+
+def test_a_shard_cut_anywhere_before_its_end_is_cut_short(tmp_path: Path) -> None:
+    """Inside headers and their extensions, data, padding, the two blocks of the end, and between all of them."""
+    samples = [(f"{index:09d}", {"x": torch.arange(150) + index}, {"index": index}) for index in range(2)]
+    write_shard(tmp_path / "whole.tar", samples)
+    whole = (tmp_path / "whole.tar").read_bytes()
+    places = index_shard(tmp_path / "whole.tar")
+    last = max(offset + size for members in places for offset, size in members.values())
+    end = last + -last % 512 + 1024
+    assert end < len(whole) and not any(whole[last:])  # tar fills up its record behind the end
+    cut, edges = tmp_path / "cut.tar", range(0, end, 512)
+    for length in sorted({*range(0, end, 97), *edges, *(edge + 1 for edge in edges), *(edge + 511 for edge in edges)}):
+        cut.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"cut\.tar cannot be read \(.*`nexus-gen shards repair"):
+            index_shard(cut)
+        salvaged = scan_shard(cut, salvage=True)
+        assert all(places[n].items() >= members.items() for n, members in enumerate(salvaged.values()))
+    cut.write_bytes(whole[:end])
+    assert index_shard(cut) == places
 
 
 @pytest.mark.parametrize(
