@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 from launch import cli
 from launch.compose import CONFIGS, Override
-from launch.run import compose_plan, describe, run_stage
+from launch.run import compose_plan, describe, run_stages
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError, nearest
 from train.schemas.ablation import PLAN, Ablation
@@ -203,9 +203,8 @@ def run_arm(configs: list[StageConfig], log: Path | None) -> None:
         os.dup2(file, sys.stdout.fileno())
         os.dup2(file, sys.stderr.fileno())
     try:
-        for config in configs:
-            if status := run_stage(config, again=False):
-                sys.exit(status)
+        if status := run_stages(configs):
+            sys.exit(status)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,11 +1,16 @@
 """Command lines that start the processes of one stage: on this machine, on several, through Slurm."""
 
+import contextlib
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import psutil
 
@@ -14,14 +19,18 @@ from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
 from train.schemas.common import LaunchConfig
 from train.schemas.failures import STOPPED, first_failure
+from train.schemas.run_directory import code_version
+from train.schemas.stages import StageConfig
 
 SHUTDOWN_TIMEOUT_S = 900  # a scheduler's SIGTERM goes through torchrun; a full-size checkpoint takes minutes
 
 
-def worker_command(launch: LaunchConfig, config_path: Path, rendezvous: str | None = None) -> list[str]:
+def worker_command(
+    launch: LaunchConfig, config_path: Path, rendezvous: str | None = None, ahead: bool = False
+) -> list[str]:
     """torchrun with the worker module; the same for one process and for many, so that one code path is tested.
 
-    rendezvous: host:port where several nodes meet, if not launch.rendezvous.
+    rendezvous: host:port where several nodes meet, if not launch.rendezvous. ahead: for `Processes`.
     """
     meeting = (
         ["--standalone"]
@@ -40,6 +49,7 @@ def worker_command(launch: LaunchConfig, config_path: Path, rendezvous: str | No
         f"--nproc-per-node={launch.processes_per_node}",
         "-m",
         "train.worker",
+        *(["--ahead", launch.device] if ahead else []),
         str(config_path),
     ]
 
@@ -89,39 +99,92 @@ def slurm_script(launch: LaunchConfig, config_path: Path) -> str:
     )
 
 
-def start(launch: LaunchConfig, config_path: Path, lock: Lock) -> int:
-    """Run the processes of a stage and wait for them; returns their exit status, STOPPED after a signal.
+class Processes:
+    """torchrun and the workers of a stage on this machine, which import what it needs and wait for `run`.
 
-    An interrupt, a SIGTERM or a hang-up of the terminal reaches the workers as SIGTERM: they write a checkpoint and
-    end. torchrun has the lock open too: it stays taken until the workers are gone, also when this process is killed.
+    Until then they touch neither the stage's directory nor a GPU. They end with this process.
     """
-    if launch.kind == "slurm":
-        return submit(launch, config_path)
-    # A group of its own: the terminal's Ctrl-C would otherwise reach torchrun and every worker at the same time.
-    process = subprocess.Popen(
-        worker_command(launch, config_path),
-        env={**os.environ, **worker_environment(launch)},
-        start_new_session=True,
-        pass_fds=[lock.file],
-    )
 
-    def forward(number: int, _frame: object) -> None:
-        # The workers, not torchrun: that would kill them 30 s later, before a large checkpoint is written.
-        torchrun = psutil.Process(process.pid)
-        for receiver in torchrun.children() or [torchrun]:
-            receiver.terminate()
+    def __init__(self, config: StageConfig) -> None:
+        self._num_workers = config.launch.processes_per_node
+        self._code = code_version()
+        self._word, theirs = socket.socketpair()
+        # A group of its own: the terminal's Ctrl-C would otherwise reach torchrun and every worker at the same time.
+        self.torchrun = psutil.Popen(
+            worker_command(config.launch, config.run_dir / "config.yaml", ahead=True),
+            env={**os.environ, **worker_environment(config.launch)},
+            stdin=theirs.fileno(),
+            start_new_session=True,
+        )
+        theirs.close()
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup means it
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, forward) for number in numbers}
-    lock.name_holders(os.getpid(), process.pid)
-    try:
-        status = process.wait()
-        return STOPPED if status == -signal.SIGTERM else status
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def are_ready(self) -> bool:
+        """Whether they are there still, with the code of now."""
+        return self.torchrun.poll() is None and self._code == code_version()
+
+    def run(self, lock: Lock) -> int:
+        """Have them run the stage and wait for it; returns their exit status, STOPPED after a signal.
+
+        An interrupt, a SIGTERM or a hang-up of the terminal reaches the workers as SIGTERM: they write a checkpoint and
+        end. They have the lock open too: it stays taken until they are gone, also when this process is killed.
+        """
+
+        def forward(number: int, _frame: object) -> None:
+            # The workers, not torchrun: that would kill them 30 s later, before a large checkpoint is written.
+            for receiver in self.torchrun.children() or [self.torchrun]:
+                receiver.terminate()
+
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup means it
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, forward) for number in numbers}
+        lock.name_holders(os.getpid(), self.torchrun.pid)
+        try:
+            with contextlib.suppress(BrokenPipeError):  # they have ended; torchrun says why
+                for _ in range(self._num_workers):
+                    socket.send_fds(self._word, [b"."], [lock.file])
+            status = self.torchrun.wait()
+            return STOPPED if status == -signal.SIGTERM else status
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def end(self) -> None:
+        """Let those go that still wait."""
+        self._word.close()
+        self.torchrun.wait()
+
+
+class Crew:
+    """The processes of stages that run one after the other: while one runs, those of the next import what it needs.
+
+    That takes them many seconds. Only on this machine alone: several would meet at the address where they still are.
+    """
+
+    def __init__(self, configs: Sequence[StageConfig]) -> None:
+        self._following = {config.stage: following for config, following in pairwise(configs)}
+        self._ahead: dict[str, Processes] = {}  # by stage, the next one's
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for processes in self._ahead.values():
+            processes.end()
+
+    def run(self, config: StageConfig, lock: Lock) -> int:
+        """Run the processes of a stage, whose config is recorded, and wait; their status, as of `Processes.run`."""
+        if config.launch.kind == "slurm":
+            return submit(config.launch, config.run_dir / "config.yaml")
+        processes = self._ahead.pop(config.stage, None)
+        if processes is not None and not processes.are_ready():
+            processes.end()
+            processes = None
+        processes = processes or Processes(config)
+        following = self._following.get(config.stage)
+        if following is not None and following.launch.kind == "local":
+            self._ahead[following.stage] = Processes(following)
+        return processes.run(lock)
 
 
 def submit(launch: LaunchConfig, config_path: Path) -> int:

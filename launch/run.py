@@ -9,13 +9,14 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from launch.compose import CONFIGS, Override, compose_stage
 from launch.lock import locked
-from launch.processes import slurm_script, start, worker_command, worker_environment
+from launch.processes import Crew, slurm_script, worker_command, worker_environment
 from nexus_gen.specs.errors import UserError, nearest
 from train.schemas.failures import STOPPED
 from train.schemas.fields import as_yaml, keys
@@ -89,10 +90,9 @@ def main(argv: list[str]) -> int:
     goes_on = wanted is not None and read_request(run).get("stage") == wanted and configs[0].resume
     if goes_on:
         print(f"from={wanted} was interrupted before: it goes on; resume=false starts it over", flush=True)
-    for config in configs[names.index(wanted) if wanted else 0 :]:
-        status = run_stage(config, again=config.stage == wanted and not goes_on)
-        if status:
-            return status
+    status = run_stages(configs[names.index(wanted) if wanted else 0 :], None if goes_on else wanted)
+    if status:
+        return status
     if "pipeline" in chosen:
         forget_request(run)
     return 0
@@ -165,8 +165,17 @@ def describe(config: StageConfig) -> str:
     return "\n".join(lines)
 
 
-def run_stage(config: StageConfig, again: bool) -> int:
-    """Preflight, record the config, start the processes. again: also where nothing changed."""
+def run_stages(configs: Sequence[StageConfig], again: str | None = None) -> int:
+    """Run stages in order until one does not end well; its exit status. again: a stage to run where nothing changed."""
+    with Crew(configs) as crew:
+        for config in configs:
+            if status := run_stage(config, crew, config.stage == again):
+                return status
+    return 0
+
+
+def run_stage(config: StageConfig, crew: Crew, again: bool) -> int:
+    """Preflight, record the config, have the crew run it. again: also where nothing changed."""
     config.preflight()
     wanted = identity(config)
     if not again and made_by(config, wanted):
@@ -179,7 +188,7 @@ def run_stage(config: StageConfig, again: bool) -> int:
         print(f"{config.stage}: {config.launch.world_size} process(es), config {config_path}", flush=True)
         before = created_at(config)
         began = time.monotonic()
-        status = start(config.launch, config_path, lock)
+        status = crew.run(config, lock)
         took = time.monotonic() - began
         with open(config.run_dir / "timing.jsonl", "a", encoding="utf-8") as file:
             facts = {"seconds": round(took, 1), "processes": config.launch.world_size, "status": status}

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import NEXUS_GEN, copy_run, losses, nexus_gen, stage_arguments, wait_for
+from runs import NEXUS_GEN, SMALLEST, copy_run, losses, nexus_gen, run_arguments, stage_arguments, wait_for
 
 from data.shards import index_shard
+from launch.compose import Override, compose_stage
+from launch.processes import Processes
 
 pytestmark = pytest.mark.slow
 
@@ -54,16 +56,26 @@ def test_a_mistake_that_one_rank_meets_ends_all_of_them(tiny_run: Path, tmp_path
 
 def test_workers_save_and_end_when_their_launcher_is_killed(tiny_run: Path, tmp_path: Path) -> None:
     run = copy_run(tiny_run, tmp_path / "run", "generation_decoder")
-    endless = ["trainer.max_steps=1000000", "trainer.log_every_steps=1", "trainer.checkpoint_every_steps=0"]
-    arguments = stage_arguments(run, "generation_decoder", *endless)
+    endless = ["max_steps=1000000", "log_every_steps=1", "checkpoint_every_steps=0"]
+    trainer = [f"generation_decoder.trainer.{value}" for value in endless]
+    arguments = run_arguments(run, "pipeline=tiny", *SMALLEST, *trainer)
     with open(tmp_path / "output", "w", encoding="utf-8") as output:
         launcher = psutil.Popen([NEXUS_GEN, *arguments], stdout=output, stderr=subprocess.STDOUT)
     wait_for(lambda: len(losses(run / "generation_decoder")) > 0, launcher, tmp_path / "output")
     second = nexus_gen(*arguments)
     assert second.returncode == 2 and f"is in use by process {launcher.pid} on" in second.stderr
     processes = launcher.children(recursive=True)
-    assert len(processes) >= 2  # torchrun and its worker
+    assert len(processes) >= 4  # torchrun and its worker, and those of the next stage
     launcher.send_signal(signal.SIGKILL)
     _, alive = psutil.wait_procs(processes, timeout=120)
     assert alive == []
     assert len(list((run / "generation_decoder" / "checkpoints").glob("step_*"))) == 1
+
+
+def test_processes_that_wait_go_when_they_are_not_needed(tmp_path: Path) -> None:
+    config = compose_stage([Override.parse(text) for text in ("stage=shapes", f"runs_dir={tmp_path}", TWO)])
+    waiting = Processes(config)
+    wait_for(lambda: len(waiting.torchrun.children()) == 2, waiting.torchrun, tmp_path)
+    assert waiting.are_ready()
+    waiting.end()
+    assert waiting.torchrun.returncode == 0 and list(tmp_path.iterdir()) == []

@@ -1,12 +1,19 @@
-"""One process of one stage: `python -m train.worker runs/<name>/<stage>/config.yaml`, started by train.torchrun."""
+"""One process of one stage: `python -m train.worker runs/<name>/<stage>/config.yaml`, started by train.torchrun.
 
+With `--ahead DEVICE` it imports what the stage needs, before there is a config, and waits for the launcher's word.
+"""
+
+import argparse
+import contextlib
 import gc
 import importlib
 import logging
 import os
 import signal
+import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +80,25 @@ def end_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def wait_for_word() -> bool:
+    """Whether the launcher says that the stage begins, and hands over its lock; False when it has ended instead.
+
+    The word is one byte for each rank on standard input, which all of them share.
+    """
+    with socket.socket(fileno=sys.stdin.fileno()) as launcher:
+        word, locks, _, _ = socket.recv_fds(launcher, 1, 1)
+        with open(os.devnull, "rb") as nothing:
+            os.dup2(nothing.fileno(), launcher.detach())
+    for lock in locks:  # open until this process ends, and in none of the loader's, which may outlive it
+        os.register_at_fork(after_in_child=partial(os.close, lock))
+    return bool(word)
+
+
 def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--ahead", metavar="DEVICE")
+    arguments = parser.parse_args(argv)
     end_with_parent(signal.SIGKILL)  # torchrun, when it is killed, leaves its workers to themselves
     rank = int(os.environ.get("RANK", 0))
     logging.basicConfig(
@@ -81,7 +106,12 @@ def main(argv: list[str]) -> None:
         format=f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
-    stage_dir = Path(argv[0]).parent
+    stage_dir = arguments.config.parent
+    if arguments.ahead:
+        with contextlib.suppress(Exception):  # it happens again, and is told, when the stage runs
+            import_stage(stage_dir.name, arguments.ahead)
+        if not wait_for_word():
+            return
     try:
         run(stage_dir, rank)
     except Exception as error:
