@@ -46,6 +46,25 @@ def patches(processor: Qwen2_5_VLProcessor, images: Sequence[Image.Image]) -> tu
     return features["pixel_values"], features["image_grid_thw"]
 
 
+def byte_patches(processor: Qwen2_5_VLProcessor, images: Sequence[Image.Image]) -> Tensor:
+    """`pixel_values` as uint8 before they are scaled: a quarter to hand to another process or device."""
+    features = processor.image_processor(
+        images=list(images), do_resize=False, do_rescale=False, do_normalize=False, return_tensors="pt"
+    )
+    return features["pixel_values"]
+
+
+def scaled_patches(processor: Qwen2_5_VLProcessor, byte_patches: Tensor) -> Tensor:
+    """`pixel_values` of `byte_patches`, float32 on their device: bit for bit those of `patches` on a CPU."""
+    image_processor: Any = processor.image_processor
+    mean, std = (
+        torch.tensor(values, device=byte_patches.device) * (1.0 / image_processor.rescale_factor)
+        for values in (image_processor.image_mean, image_processor.image_std)
+    )
+    by_channel = byte_patches.view(len(byte_patches), len(mean), -1).float()
+    return ((by_channel - mean[:, None]) / std[:, None]).flatten(1)
+
+
 def encode(
     processor: Qwen2_5_VLProcessor,
     messages: Messages,

@@ -17,7 +17,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor
 
 from nexus_gen.ar_checkpoint import load_autoregressive, load_processor
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration, NexusGenOutput
-from nexus_gen.conversation import patches, resized
+from nexus_gen.conversation import byte_patches, resized, scaled_patches
 from nexus_gen.specs.geometry import MERGE_SIZE
 from nexus_gen.specs.images import PictureSizing, open_image
 from nexus_gen.specs.prompts import IMAGE_TAG
@@ -57,7 +57,7 @@ class NexusGenTemplate(Qwen2_5VLTemplate):
 
     The tokens of pictures of replies are labels, as are the vision_start and vision_end around them; those of pictures
     of user turns are none. `PictureSizing` says in which sizes both are seen. Target embeddings
-    come from the model's own forward, so swift's post-encode hook has nothing to do.
+    come from the model's own forward.
 
     on_loss: called with every training output and its inputs, before the backward pass.
     """
@@ -141,18 +141,21 @@ class NexusGenTemplate(Qwen2_5VLTemplate):
         return expanded[0], expanded[1]
 
     def _data_collator(self, batch: list[dict[str, Any]], *, padding_to: int | None = None) -> dict[str, Tensor]:
-        """Padded on the right, with patches and M-RoPE positions: loops over images that belong in a loader process."""
+        """Padded on the right, with patches as bytes and M-RoPE positions."""
         pictures = [picture for row in batch for picture in row.get("pictures", ())]
         collated = Template._data_collator(self, batch, padding_to=padding_to)
         if pictures:  # all at once: the processor takes as long to begin as for several small pictures
-            collated["pixel_values"], _ = patches(self.processor, pictures)
+            collated["pixel_values"] = byte_patches(self.processor, pictures)
         collated["position_ids"] = self.model.rope_position_ids(
             collated["input_ids"], collated["attention_mask"], collated.get("image_grid_thw")
         )
         return collated
 
     def _post_encode(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        return inputs
+        """Swift's hook before the model's forward, on its device: patches from the loader's bytes."""
+        if "pixel_values" not in inputs:
+            return inputs
+        return {**inputs, "pixel_values": scaled_patches(self.processor, inputs["pixel_values"])}
 
     def compute_sft_loss(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None, trainer: Any = None

@@ -51,6 +51,7 @@ def build_template(qwen: Path, **options: Any) -> NexusGenTemplate:
     template = get_template(processor, template_type=NAME, **options)
     template.set_mode("train")
     template.model = model
+    template.register_post_encode_hook([model])  # as the trainer does
     assert isinstance(template, NexusGenTemplate)
     return template
 
@@ -77,6 +78,9 @@ def test_a_row_is_encoded_as_inference_encodes_it(
     image_token = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert torch.equal(labels == image_token, expected["labels"] == image_token)
     batch = template.data_collator([encoded])
+    if row["images"]:
+        assert batch["pixel_values"].dtype == torch.uint8
+    batch = template._post_encode(template.model, batch)
     for name in ("pixel_values", "image_grid_thw"):
         assert (name in batch) == (name in expected) == bool(row["images"])
         assert name not in expected or torch.equal(batch[name], expected[name])
