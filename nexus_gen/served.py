@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.models import DECODER_KINDS, ModelPaths
+from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, flag_of
 
 if TYPE_CHECKING:
     from nexus_gen.inference import NexusGen
@@ -41,7 +41,12 @@ class ServedPaths:
         for kind in DECODER_KINDS:
             try:
                 paths[kind] = ModelPaths.find(
-                    run, decoder=kind, autoregressive=autoregressive, decoder_path=decoders[kind], flux=flux
+                    run,
+                    decoder=kind,
+                    autoregressive=autoregressive,
+                    decoder_path=decoders[kind],
+                    flux=flux,
+                    decoder_flag=flag_of(kind),
                 )
             except UserError as error:
                 if decoders[kind] is not None or flux is not None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from nexus_gen.commands import add_model_arguments
 from nexus_gen.served import ServedModels, ServedPaths
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.models import DECODER_KINDS, default_run
+from nexus_gen.specs.models import DECODER_KINDS, default_run, flag_of
 
 MAX_UPLOAD = "20mb"
 SECONDS_TO_FINISH = 2  # for open connections, when the server is told to end
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: %(default)s)")
     models = add_model_arguments(result, paints=True)
     for kind in DECODER_KINDS:
-        models.add_argument(f"--{kind.replace('_', '-')}", type=Path, help="decoder file or artifact directory")
+        models.add_argument(flag_of(kind), type=Path, help="decoder file or artifact directory")
     return result
 
 

@@ -97,9 +97,13 @@ def test_the_page_shows_the_failures_and_fetches_nothing(evaluation: tuple[Path,
 
 
 def test_understanding_alone_needs_no_decoder(tiny_run: Path, tmp_path: Path) -> None:
-    arguments = ("--tasks", "understanding", "--autoregressive", tiny_run / "pretrain" / "artifact", "--num", "1")
-    rows = tiny_run / "shapes" / "artifact" / "heldout.jsonl"
-    printed = succeed("evaluate", tmp_path, *arguments, "--rows", rows, "--device", "cpu")
+    arguments = ["--autoregressive", tiny_run / "pretrain" / "artifact", "--num", "1", "--device", "cpu"]
+    arguments += ["--rows", tiny_run / "shapes" / "artifact" / "heldout.jsonl"]
+    refused = nexus_gen("evaluate", tmp_path, *arguments)
+    assert refused.returncode == 2 and "or give --editing-decoder\n" in refused.stderr
+    printed = succeed("evaluate", tmp_path, *arguments, "--tasks", "understanding")
+    page = (tmp_path / "evaluation" / "heldout" / "index.html").read_text(encoding="utf-8")
+    assert ", 1 row<" in page and "1 rows" not in page
     assert set(verify(tmp_path / "evaluation" / "heldout").inputs) == {"rows", "autoregressive"}
     assert "generation" not in printed
 

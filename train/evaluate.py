@@ -18,7 +18,7 @@ from data.messages import Row, read_rows
 from nexus_gen.commands import add_model_arguments
 from nexus_gen.specs.artifact import Manifest, building, seal, write_text_atomic
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, results_of
+from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, flag_of, results_of
 from train.benchmarks import batches, noise_seed
 from train.evaluation_page import render, table
 from train.outcomes import Outcome, judge_answer, judge_editing, judge_generation, judge_reconstruction, scores_of
@@ -66,8 +66,8 @@ def parser() -> argparse.ArgumentParser:
         "--num-shown", type=int, default=24, help="failures on the page, of each task (default: %(default)s)"
     )
     models = add_model_arguments(result, paints=True)
-    models.add_argument("--generation-decoder", type=Path, help="decoder file or artifact directory")
-    models.add_argument("--editing-decoder", type=Path, help="decoder file or artifact directory")
+    for kind in DECODER_KINDS:
+        models.add_argument(flag_of(kind), type=Path, help="decoder file or artifact directory")
     return result
 
 
@@ -122,6 +122,7 @@ class Models:
                 autoregressive=arguments.autoregressive,
                 decoder_path=None if kind is None else getattr(arguments, kind),
                 flux=arguments.flux,
+                decoder_flag=flag_of(kind or ""),
             )
             for kind in (*decoders,) or (None,)
         }

@@ -99,7 +99,7 @@ def _opened(source: str | os.PathLike[str] | EncodedImage | ImageMember) -> Iter
     except FileNotFoundError as error:
         raise UserError(f"picture {source} does not exist; check the path") from error
     except Exception as error:  # decoders raise whatever their parsing ran into: struct.error, RuntimeError, KeyError
-        raise UserError(f"picture {source} cannot be read ({_reason(error)}); replace it or drop its row") from error
+        raise UserError(f"picture {source} cannot be read ({_reason(error)}); replace it") from error
 
 
 def _reason(error: Exception) -> str:

@@ -83,8 +83,12 @@ class ModelPaths:
         autoregressive: Path | None = None,
         decoder_path: Path | None = None,
         flux: Path | None = None,
+        decoder_flag: str = "--decoder",
     ) -> "ModelPaths":
-        """Explicit paths first, the run's artifacts otherwise; UserError names what is missing and what makes it."""
+        """Explicit paths first, the run's artifacts otherwise; UserError names what is missing and what makes it.
+
+        decoder_flag: by which the command takes decoder_path.
+        """
         autoregressive = autoregressive or run / "pretrain" / "artifact"
         if not (autoregressive / "config.json").is_file():
             raise UserError(
@@ -97,7 +101,7 @@ class ModelPaths:
             return ModelPaths(autoregressive, max_pixels, consistent_edit_scale=consistent)
         where = decoder_path or run / decoder / "artifact"
         if not where.exists():
-            raise UserError(f"{where} does not exist; finish stage={decoder} of {run}, or give --decoder")
+            raise UserError(f"{where} does not exist; finish stage={decoder} of {run}, or give {decoder_flag}")
         details = RELEASED[decoder]
         if (where / MANIFEST).is_file():
             details = Manifest.load(where).require(decoder, where).details
@@ -108,6 +112,11 @@ class ModelPaths:
                 f"{flux} does not exist; give --flux with a FLUX.1-dev directory (its VAE and text encoders are needed)"
             )
         return ModelPaths(autoregressive, max_pixels, decoder, where, flux, details, consistent)
+
+
+def flag_of(decoder: str) -> str:
+    """The option by which commands that take both decoders take this kind."""
+    return f"--{decoder.replace('_', '-')}"
 
 
 def flux_of(run: Path, decoder: str) -> Path:
