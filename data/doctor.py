@@ -148,7 +148,7 @@ def main(argv: list[str]) -> int:
         print(
             f"quarantine: not written, because reading stopped after {given.max_errors} broken rows"
             if report.stopped
-            else f"quarantine: {given.quarantine}"
+            else f"quarantine: {given.quarantine} (data.quarantine=[{given.quarantine}] leaves its rows out of a run)"
         )
     if report.num_quarantined:
         return 2

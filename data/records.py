@@ -59,7 +59,7 @@ class Record:
             content = json.dumps(self.values, sort_keys=True, default=_as_text).encode()
         hasher = hashlib.sha256(content)
         for name, member in self.members.items():
-            hasher.update(name.encode("utf-8", "surrogateescape") + member.read())
+            hasher.update(name.encode("utf-8", "surrogatepass") + member.read())
         return hasher.hexdigest()[:16]
 
 

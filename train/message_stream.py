@@ -66,7 +66,7 @@ class Quarantine:
         if error.where not in self._bad:
             entry = {**named(record), "kind": error.kind, "reason": error.problem, "position": position}
             self._directory.mkdir(parents=True, exist_ok=True)
-            line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+            line = json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
             # One write at the end of the file: loader processes of a rank share it.
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:

@@ -145,6 +145,12 @@ def test_files_are_known_by_the_longest_end_of_their_paths(tmp_path: Path) -> No
     assert read_left_out([quarantine], [renamed]).elsewhere == {str(path): 1 for path in named}
 
 
+def test_names_that_are_no_unicode_are_found_again(tmp_path: Path) -> None:
+    path = write(tmp_path / "caf\udce9" / "rows.jsonl", text(1), '{"id": "\\ud83d", "messages": []}')
+    quarantine = check(path, quarantine=tmp_path / "quarantine.jsonl")
+    assert left_out(quarantine, path).of(path).keys() == {1}
+
+
 def test_what_is_no_quarantine_file_is_refused(dataset: Path, tmp_path: Path) -> None:
     old = write(tmp_path / "old.jsonl", {"where": "rows.jsonl:3", "file": "rows.jsonl", "line": 3, "reason": "bad"})
     with pytest.raises(UserError, match=r"old\.jsonl:1 names no row by file, line, digest and reason; write it again"):

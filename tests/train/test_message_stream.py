@@ -119,7 +119,8 @@ def test_the_run_stops_past_the_rate(fraction: float, stops: bool, tmp_path: Pat
 
 
 def test_what_a_run_set_aside_another_leaves_out(tmp_path: Path) -> None:
-    path = write(tmp_path)
+    (directory := tmp_path / "caf\udce9").mkdir()  # a name that is no UTF-8
+    path = write(directory)
     for rank in range(2):
         read(build(path, tmp_path / "bad", rank, 2), rank, 2)
     left_out = read_left_out([tmp_path / "bad"], [path])
