@@ -48,7 +48,7 @@ from nexus_gen.specs.models import trained_details
 from nexus_gen.tensor_files import TensorFiles, fingerprint_tensors, save_tensors
 from nexus_gen.text_encoders import encode_context, encode_pooled
 from nexus_gen.vae import FluxVae
-from train.embed_pipeline import Prepared, ShardFiller, require_few, require_unchanged
+from train.embed_pipeline import Prepared, ShardFiller, require_few, require_unchanged, stacked
 from train.metrics import METRICS
 from train.schemas.stages import EmbedEditingConfig, EmbedGenerationConfig, EmbedStageConfig
 from train.stage import Stage
@@ -308,10 +308,6 @@ class EmbedStage(Stage[EmbedConfig]):
     # ---- models ----
 
     @property
-    @abstractmethod
-    def uniform(self) -> bool: ...
-
-    @property
     def stores_predicted(self) -> bool:
         """Whether samples hold `predicted_embeds` beside true ones."""
         return False
@@ -369,9 +365,8 @@ class EmbedStage(Stage[EmbedConfig]):
         One shape for every batch: a picture's numbers then do not depend on how many others are embedded with it. On a
         CPU the VAE's latents of one picture alone differ by 6e-6 from those of the same picture in a batch.
         """
-        rows = pictures if isinstance(pictures, Tensor) else torch.stack([torch.as_tensor(p) for p in pictures])
-        missing = self.config.embed.batch_size - len(rows)
-        rows = rows.to(self.device, non_blocking=True)
+        missing = self.config.embed.batch_size - len(pictures)
+        rows = stacked(pictures).to(self.device, non_blocking=True)
         return torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, missing))
 
     @torch.inference_mode()
@@ -398,7 +393,7 @@ class EmbedStage(Stage[EmbedConfig]):
     def predicted(self, rows: Sequence[Prepared]) -> tuple[Tensor, Tensor]:
         """Of each row's last target image, (B, 81, D) twice: what the model predicts, and the tower's embeddings."""
         names = ("input_ids", "labels", "pixel_values", "image_grid_thw")
-        encoded = [{name: torch.as_tensor(row[name]) for name in names} for row in rows]
+        encoded = [{name: row[name] for name in names} for row in rows]
         batch = collate(encoded, self.processor.tokenizer.pad_token_id, self.group(rows[0]) * LENGTH_STEP)
         layer = compiled_decoder_layer() if self.compiled else decoder_layer
         pairs = teacher_forced_pairs(self.model, batch, self.tower, layer)
@@ -407,14 +402,14 @@ class EmbedStage(Stage[EmbedConfig]):
         return torch.stack([predicted for predicted, _ in last]), torch.stack([true for _, true in last])
 
     def group(self, prepared: Prepared) -> int:
-        """Conversations of one padded length, which then does not depend on what else is in the batch."""
-        return -(-len(prepared["input_ids"]) // LENGTH_STEP)
+        """Conversations of one padded length, which then does not depend on what else is in the batch; or all rows."""
+        return -(-len(prepared.get("input_ids", ())) // LENGTH_STEP)
 
     @abstractmethod
     def prepare(self, sample: PlannedSample) -> Prepared: ...
 
     @abstractmethod
-    def embed(self, prepared: Any) -> dict[str, Tensor]: ...
+    def embed(self, rows: Sequence[Prepared]) -> dict[str, Tensor]: ...
 
     def _total(self, value: float, op: Any = torch.distributed.ReduceOp.SUM) -> float:
         """Over all ranks."""
@@ -434,25 +429,18 @@ class EmbedGenerationStage(EmbedStage[EmbedGenerationConfig]):
     def stores_predicted(self) -> bool:
         return self.config.embed.predicted
 
-    @property
-    def uniform(self) -> bool:
-        return not self.config.embed.predicted
-
     def prepare(self, sample: PlannedSample) -> Prepared:
         row, images = self.read(sample)
         target = {"target": as_uint8(cover_crop(images[-1], target_size(self.processor)))}
         words = self.conversation(row, images) if self.config.embed.predicted else {}
         return target | words | self.prepare_latents(cover_crop(images[-1], self.config.model.image_size))
 
-    def embed(self, prepared: Any) -> dict[str, Tensor]:
-        def of(name: str) -> Sequence[Tensor]:
-            return prepared[name] if self.uniform else [row[name] for row in prepared]
-
-        outputs = {"target_embeds": self.vision(of("target"), NUM_TARGET_TOKENS)}
+    def embed(self, rows: Sequence[Prepared]) -> dict[str, Tensor]:
+        outputs = {"target_embeds": self.vision([row["target"] for row in rows], NUM_TARGET_TOKENS)}
         if self.config.embed.latents:
-            outputs["latents"] = self.latents(of("pixels"))
+            outputs["latents"] = self.latents([row["pixels"] for row in rows])
         if self.config.embed.predicted:
-            outputs["predicted_embeds"], _ = self.predicted(prepared)
+            outputs["predicted_embeds"], _ = self.predicted(rows)
             outputs |= {"gap.predicted": outputs["predicted_embeds"], "gap.true": outputs["target_embeds"]}
         return outputs
 
@@ -464,10 +452,6 @@ class EmbedEditingStage(EmbedStage[EmbedEditingConfig]):
     """
 
     num_reference_tokens = NUM_REFERENCE_TOKENS
-
-    @property
-    def uniform(self) -> bool:
-        return False
 
     def prepare(self, sample: PlannedSample) -> Prepared:
         row, images = self.read(sample)
@@ -485,16 +469,16 @@ class EmbedEditingStage(EmbedStage[EmbedEditingConfig]):
     def recipe(self) -> dict[str, Any]:
         return super().recipe() | {"pixels": self.config.embed.pixels}
 
-    def embed(self, prepared: Any) -> dict[str, Tensor]:
-        predicted, true = self.predicted(prepared)
+    def embed(self, rows: Sequence[Prepared]) -> dict[str, Tensor]:
+        predicted, true = self.predicted(rows)
         outputs = {
             "target_embeds": predicted,
-            "source_embeds": self.vision([row["source"] for row in prepared], NUM_REFERENCE_TOKENS),
+            "source_embeds": self.vision([row["source"] for row in rows], NUM_REFERENCE_TOKENS),
             "gap.predicted": predicted,
             "gap.true": true,
         }
         if self.config.embed.latents:
-            outputs["latents"] = self.latents([row["pixels"] for row in prepared])
+            outputs["latents"] = self.latents([row["pixels"] for row in rows])
         return outputs
 
 

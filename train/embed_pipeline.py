@@ -6,7 +6,7 @@ embeds it and whatever came before. Legend: B rows of a batch.
 
 import signal
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,17 +33,11 @@ MEASURED = "measured/"  # before the name of what is measured of samples; "/" be
 FINITE = "finite"
 EMBEDS = "_embeds"  # tensors of this ending are stored in the configured dtype, others as floats
 
-Prepared = dict[str, Any]  # a row ready for the device: name -> tensor or array
+Prepared = dict[str, Tensor]  # a row ready for the device
 
 
 class Embedder(Protocol):
-    """What an embedding stage says of its rows.
-
-    uniform: every row's tensors have the same shapes; workers stack them. group: rows of one group share a batch.
-    """
-
-    @property
-    def uniform(self) -> bool: ...
+    """What an embedding stage says of its rows. group: rows of one group share a batch."""
 
     def prepare(self, sample: PlannedSample) -> Prepared:
         """Decode and resize, on a worker. UserError or ValueError when the row's pictures do not allow it."""
@@ -51,8 +45,8 @@ class Embedder(Protocol):
 
     def group(self, prepared: Prepared) -> int: ...
 
-    def embed(self, prepared: Any) -> dict[str, Tensor]:
-        """(B, ...) per name, on the device, of stacked rows when uniform and else of a list of them.
+    def embed(self, rows: Sequence[Prepared]) -> dict[str, Tensor]:
+        """(B, ...) per name, on the device.
 
         `gap.predicted` and `gap.true`, where they are returned, are compared and not stored.
         """
@@ -76,8 +70,60 @@ class Work:
         return Work(shard, todo[::-1])
 
 
-class Chunks(Dataset[tuple[Any, dict[int, str]]]):
-    """Rows in pieces of at most one batch: what `prepare` makes of them, and place -> reason of those it cannot."""
+@dataclass
+class Chunk:
+    """Rows as one tensor for each name and dtype, so that few cross from a worker: each costs the rank a handshake.
+
+    places: per row, name -> which tensor, and where in it: first element and shape. reasons: place -> why a row is bad.
+    """
+
+    tensors: list[Tensor]
+    places: list[dict[str, tuple[int, int, torch.Size]]]
+    reasons: dict[int, str]
+
+    @staticmethod
+    def pack(rows: Sequence[Prepared], reasons: dict[int, str]) -> "Chunk":
+        pieces: dict[tuple[str, torch.dtype], list[Tensor]] = {}
+        ends: Counter[tuple[str, torch.dtype]] = Counter()
+        places = []
+        for row in rows:
+            place = {}
+            for name, tensor in row.items():
+                kind = name, tensor.dtype
+                pieces.setdefault(kind, []).append(tensor.flatten())
+                place[name] = list(pieces).index(kind), ends[kind], tensor.shape
+                ends[kind] += tensor.numel()
+            places.append(place)
+        return Chunk([torch.cat(of_kind) for of_kind in pieces.values()], places, reasons)
+
+    def rows(self) -> list[Prepared]:
+        """The rows as they were, in the memory of the chunk."""
+        return [
+            {
+                name: self.tensors[number][first : first + shape.numel()].view(shape)
+                for name, (number, first, shape) in place.items()
+            }
+            for place in self.places
+        ]
+
+    def pin_memory(self) -> "Chunk":
+        return Chunk([tensor.pin_memory() for tensor in self.tensors], self.places, self.reasons)
+
+
+def stacked(rows: Sequence[Tensor]) -> Tensor:
+    """(B, ...) of tensors of one shape, which are not copied where they follow each other in a chunk."""
+    first, size = rows[0], rows[0].numel()
+    start, memory = first.storage_offset(), first.untyped_storage().data_ptr()
+    if all(
+        row.untyped_storage().data_ptr() == memory and row.storage_offset() == start + number * size
+        for number, row in enumerate(rows)
+    ):
+        return first.as_strided((len(rows), *first.shape), (size, *first.stride()))
+    return torch.stack(list(rows))
+
+
+class Chunks(Dataset[Chunk]):
+    """Rows in pieces of at most one batch: what `prepare` makes of them, and why it cannot."""
 
     def __init__(self, chunks: Sequence[Sequence[PlannedSample]], embedder: Embedder) -> None:
         self._chunks, self._embedder = chunks, embedder
@@ -85,7 +131,7 @@ class Chunks(Dataset[tuple[Any, dict[int, str]]]):
     def __len__(self) -> int:
         return len(self._chunks)
 
-    def __getitem__(self, number: int) -> tuple[Any, dict[int, str]]:
+    def __getitem__(self, number: int) -> Chunk:
         if get_worker_info() is not None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # meant for the rank, which stops its workers itself
         ready: list[Prepared] = []
@@ -95,10 +141,7 @@ class Chunks(Dataset[tuple[Any, dict[int, str]]]):
                 ready.append(self._embedder.prepare(sample))
             except (UserError, ValueError) as error:
                 reasons[place] = str(error)
-        if self._embedder.uniform and ready:
-            return {name: torch.stack([row[name] for row in ready]) for name in ready[0]}, reasons
-        # As arrays: tensors of their own would each take a file handle on their way to the rank.
-        return [{name: value.numpy() for name, value in row.items()} for row in ready], reasons
+        return Chunk.pack(ready, reasons)
 
 
 def require_unchanged(images: Sequence[StoredImage], sample: PlannedSample) -> None:
@@ -188,6 +231,7 @@ class ShardFiller:
         prepared = DataLoader(
             Chunks([chunk for _, chunk in pieces], self._embedder),
             batch_size=None,
+            collate_fn=lambda chunk: chunk,
             num_workers=self._num_workers,
             pin_memory=torch.cuda.is_available(),
         )
@@ -196,7 +240,7 @@ class ShardFiller:
         groups: dict[int, list[tuple[PlannedSample, Prepared]]] = {}
         with quick_switches(), ThreadPoolExecutor(1) as packer, ThreadPoolExecutor(1) as writer:
 
-            def launch(work: Work, samples: Sequence[PlannedSample], rows: Any) -> None:
+            def launch(work: Work, samples: Sequence[PlannedSample], rows: Sequence[Prepared]) -> None:
                 while len(packing) >= BATCHES_BEHIND:
                     packing.popleft().result()
                 stored = to_host(self._stored(self._embedder.embed(rows)))
@@ -208,14 +252,12 @@ class ShardFiller:
                     samples, rows = zip(*groups.pop(group), strict=True)
                     launch(work, samples, rows)
 
-            for number, ((work, chunk), (rows, reasons)) in enumerate(zip(pieces, prepared, strict=True)):
+            for number, ((work, chunk), made) in enumerate(zip(pieces, prepared, strict=True)):
                 if stopping():
                     return False
-                self._set_aside(work, chunk, reasons)
-                good = [sample for place, sample in enumerate(chunk) if place not in reasons]
-                if good and self._embedder.uniform:
-                    launch(work, good, rows)
-                for sample, row in zip(good, () if self._embedder.uniform else rows, strict=False):
+                self._set_aside(work, chunk, made.reasons)
+                good = [sample for place, sample in enumerate(chunk) if place not in made.reasons]
+                for sample, row in zip(good, made.rows(), strict=True):
                     group = self._embedder.group(row)
                     groups.setdefault(group, []).append((sample, row))
                     launch_groups(work, self._batch_size)

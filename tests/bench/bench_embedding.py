@@ -609,19 +609,17 @@ def through_the_stage(
 ) -> float:
     """The pipeline of the embedding stages, of workers, device, packing and writing; 60 seconds at most."""
     from data.embedding_plan import EarlierSamples, PlannedSample, PlannedShard, RowFacts
-    from train.embed_pipeline import ShardFiller
+    from train.embed_pipeline import ShardFiller, stacked
 
     class Pictures:
-        uniform = True
-
         def prepare(self, sample: Any) -> dict[str, Tensor]:
             return {"target": load(Path(sample.facts["id"]))}
 
         def group(self, prepared: Any) -> int:
             return 0
 
-        def embed(self, prepared: Any) -> dict[str, Tensor]:
-            return {"target_embeds": packed.embed_pictures(prepared["target"])}
+        def embed(self, rows: Any) -> dict[str, Tensor]:
+            return {"target_embeds": packed.embed_pictures(stacked([row["target"] for row in rows]))}
 
     samples = [
         PlannedSample(
