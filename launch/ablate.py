@@ -27,6 +27,7 @@ from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError, nearest
 from train.schemas.ablation import PLAN, Ablation
 from train.schemas.fields import fingerprint_values
+from train.schemas.parents import end_with_parent
 from train.schemas.stages import StageConfig
 
 FILES = {path.stem: path for path in sorted((CONFIGS / "ablation").glob("*.yaml"))}
@@ -196,7 +197,14 @@ def run_arms(arms: list[Arm], jobs: int) -> dict[Path, int]:
 
 
 def run_arm(configs: list[StageConfig], log: Path | None) -> None:
-    """The stages of one arm, in a process of its own; what they print goes into `log`, if any."""
+    """The stages of one arm, in a process of its own; what they print goes into `log`, if any.
+
+    It ends, as `nexus-gen run` does, when the command is killed that started it.
+    """
+    end_with_parent(signal.SIGTERM)
+    command = multiprocessing.parent_process()
+    if command is not None and not command.is_alive():  # killed before the kernel was asked to tell
+        sys.exit(INTERRUPTED)
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -1,12 +1,15 @@
 """Ablations through the console script: arms of a tiny run, their result, plot and table."""
 
 import json
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
-from runs import nexus_gen, succeed
+from runs import NEXUS_GEN, losses, nexus_gen, succeed, wait_for
 
 from nexus_gen.specs.artifact import Manifest
 
@@ -47,6 +50,40 @@ def test_arms_side_by_side_become_a_result_a_plot_and_a_table(tiny_run: Path, tm
     assert plot.read_bytes() == before
     with Image.open(plot) as image:
         assert image.width > 400 and len(image.convert("RGB").getcolors(1 << 16) or []) > 10
+
+
+def test_an_arm_that_fails_is_named_and_the_others_are_compared(tiny_run: Path, tmp_path: Path) -> None:
+    of_another = tmp_path / "reference" / "with_reference" / "seed42" / "editing_decoder" / "checkpoints"
+    of_another.mkdir(parents=True)
+    (of_another / "identity.json").write_text(json.dumps({"config": {"seed": 7}, "inputs": {}}))
+    ended = nexus_gen("ablate", "reference", "--run", tiny_run, "--output", tmp_path, *SMALLEST)
+    assert ended.returncode == 2, ended.stderr
+    assert "belong to an unfinished try with another" in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("not finished: reference/with_reference/seed42; the same command")
+    result = json.loads((tmp_path / "reference.json").read_text(encoding="utf-8"))
+    assert list(result["arms"]) == ["without"] and "| without |" in ended.stdout
+    assert (tmp_path / "reference.png").is_file()
+
+
+@pytest.mark.parametrize(("number", "in_training"), [(signal.SIGTERM, False), (signal.SIGKILL, True)])
+def test_arms_end_with_the_command(number: signal.Signals, in_training: bool, tiny_run: Path, tmp_path: Path) -> None:
+    command = ["ablate", "reference", "--run", tiny_run, "--output", tmp_path, *SMALLEST, "trainer.max_steps=1000000"]
+    stage = tmp_path / "reference" / "with_reference" / "seed42" / "editing_decoder"
+    with open(tmp_path / "output", "w", encoding="utf-8") as output:
+        ablate = psutil.Popen([NEXUS_GEN, *map(str, command)], stdout=output, stderr=subprocess.STDOUT)
+
+    def worker_is_there() -> bool:
+        return any("train.worker" in process.cmdline() for process in ablate.children(recursive=True)[2:])
+
+    wait_for((lambda: len(losses(stage)) > 0) if in_training else worker_is_there, ablate, tmp_path / "output")
+    processes = ablate.children(recursive=True)
+    assert len(processes) >= 3  # the arm, torchrun and its worker
+    ablate.send_signal(number)
+    _, alive = psutil.wait_procs(processes, timeout=120)
+    assert alive == []
+    assert ablate.wait() == (-number if number == signal.SIGKILL else 3)
+    assert len(list((stage / "checkpoints").glob("step_*"))) == in_training  # it goes on from there
+    assert not (tmp_path / "reference" / "without").exists()
 
 
 def test_what_an_arm_cannot_train_on_is_told_before_any_arm_starts(tiny_run: Path, tmp_path: Path) -> None:

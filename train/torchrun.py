@@ -4,23 +4,16 @@ As torch.distributed.run, but it tells why a stage failed once, without a traceb
 the command that started it.
 """
 
-import ctypes
 import logging
 import signal
 import sys
 from pathlib import Path
 
 from train.schemas.failures import STOPPED, first_failure
+from train.schemas.parents import end_with_parent
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # They tell of every rank that died after the first; the others stay, such as those of the rendezvous.
 NOISY = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
-
-
-def end_with_parent(number: signal.Signals) -> None:
-    """Have the kernel send this process a signal when its parent is gone, also when that was killed. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def main(argv: list[str]) -> int:

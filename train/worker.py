@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from train.schemas.failures import note_failure
+from train.schemas.parents import end_with_parent
 from train.schemas.run_directory import load_config
-from train.torchrun import end_with_parent
 
 # stage -> class; imported when it runs, so that a stage loads only its own engine
 STAGES = {
