@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_gen.autoregressive import NexusGenForConditionalGeneration
+from nexus_gen.autoregressive import TARGET_INPUTS, NexusGenForConditionalGeneration
 from nexus_gen.compat import ensure_torchvision, quiet_loading
 from nexus_gen.inspection import weights_of
 from nexus_gen.specs.artifact import building, write_text_atomic
@@ -275,7 +275,8 @@ def _initialise_added(model: NexusGenForConditionalGeneration, seed: int) -> Non
 
 
 def released_config(config: Qwen2_5_VLConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The flat config.json of transformers 4.49, which later releases read too."""
+    """The flat config.json of transformers 4.49, which later releases read too; `target_inputs` unless as published."""
+    target_inputs = getattr(config, "target_inputs", TARGET_INPUTS[0])
     text: Any = config.text_config
     vision: Any = config.vision_config
     rope = text.rope_parameters
@@ -295,4 +296,5 @@ def released_config(config: Qwen2_5_VLConfig, dtype: torch.dtype) -> dict[str, A
             "model_type": config.model_type,
             **{name: getattr(vision, name) for name in VISION_FIELDS},
         },
+        **({} if target_inputs == TARGET_INPUTS[0] else {"target_inputs": target_inputs}),
     }

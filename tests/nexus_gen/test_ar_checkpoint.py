@@ -105,6 +105,17 @@ def test_a_plain_qwen_checkpoint_gets_the_two_tensors(tmp_path: Path) -> None:
         assert first[key].std().item() == pytest.approx(0.02, rel=0.05)  # 6400 draws: sigma of the estimate is 0.9%
 
 
+def test_what_a_model_takes_at_targets_is_in_its_config(tmp_path: Path) -> None:
+    model = tiny(32)
+    model.config.target_inputs = "embeddings"
+    save_autoregressive(model, tmp_path / "out")
+    assert load_autoregressive(tmp_path / "out").target_inputs == "embeddings"
+    model.config.target_inputs = "prefill"
+    save_autoregressive(model, tmp_path / "out")
+    assert load_autoregressive(tmp_path / "out").target_inputs == "prefill"
+    assert "target_inputs" not in json.loads((tmp_path / "out" / "config.json").read_text())  # as published
+
+
 def test_building_is_seeded_and_leaves_the_random_state() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
