@@ -35,6 +35,11 @@ def keys(stage: str) -> set[str]:
     return {key for key, _ in walk(SCHEMAS[stage])}
 
 
+def counted_keys(stage: str) -> set[str]:
+    """The dotted keys that `fingerprint_values` may hold."""
+    return {key for key, marks in walk(SCHEMAS[stage]) if not marks}
+
+
 def path_values(stage: str, values: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     """(section, key) or (list, index) of every path that a stage's plain values give; what is empty is left out."""
     for key, marks in walk(SCHEMAS[stage]):

@@ -1,11 +1,11 @@
 """The directory of one stage of a run: what is recorded before processes start, and what of an earlier try is kept."""
 
+import copy
 import importlib.metadata
 import json
 import platform
 import shutil
 import subprocess
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import yaml
 from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from train.schemas.failures import forget_failures
-from train.schemas.fields import as_yaml, fingerprint_values, input_fingerprints, keys, path_values, typed
+from train.schemas.fields import as_yaml, counted_keys, fingerprint_values, input_fingerprints, keys, path_values, typed
 from train.schemas.stages import StageConfig
 
 PACKAGES = ("torch", "transformers", "ms-swift", "deepspeed", "lightning", "diffsynth", "webdataset", "safetensors")
@@ -61,7 +61,8 @@ def made_by(config: StageConfig, wanted: dict[str, Any]) -> bool:
     made = Manifest.load(config.artifact_dir)
     if made.details.get("lost"):  # by `shards repair`, which said so; only the stage can make it again
         return False
-    return {"config": made.config, "inputs": made.inputs} == wanted and not waits_for_another(config)
+    found = {"config": with_added(made.config, counted_keys(config.stage)), "inputs": made.inputs}
+    return found == wanted and not waits_for_another(config)
 
 
 def waits_for_another(config: StageConfig) -> bool:
@@ -92,7 +93,10 @@ def request_another(config: StageConfig) -> None:
 def checkpoints_identity(config: StageConfig) -> dict[str, Any]:
     """What the checkpoints of the latest try belong to; empty when there are none."""
     path = config.run_dir / CHECKPOINTS / IDENTITY
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {**found, "config": with_added(found["config"], counted_keys(config.stage))}
 
 
 def forget_try(config: StageConfig) -> None:
@@ -143,11 +147,21 @@ def load_config(stage_dir: Path) -> StageConfig:
     for section, leaf in path_values(values["stage"], values):
         if Path(section[leaf]).is_relative_to(recorded):
             section[leaf] = str(run / Path(section[leaf]).relative_to(recorded))
-    for key in ADDED_SINCE.keys() & keys(values["stage"]):
-        *sections, leaf = key.split(".")
-        section = reduce(lambda within, name: within.get(name) or {}, sections, values)  # `typed` names what is missing
-        section.setdefault(leaf, ADDED_SINCE[key])
+    values = with_added(values, keys(values["stage"]))
     return typed(values["stage"], {**values, "runs_dir": str(run.parent), "name": run.name})
+
+
+def with_added(values: dict[str, Any], among: set[str]) -> dict[str, Any]:
+    """Values as recorded, perhaps by an earlier version, with the keys that it lacked of those that may be there."""
+    completed = copy.deepcopy(values)
+    for key in ADDED_SINCE.keys() & among:
+        *sections, leaf = key.split(".")
+        section: Any = completed
+        for name in sections:
+            section = (section or {}).get(name)
+        if isinstance(section, dict):  # `typed` says what is missing
+            section.setdefault(leaf, ADDED_SINCE[key])
+    return completed
 
 
 def difference(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
