@@ -19,6 +19,8 @@ from data.doctor_report import QuarantineFile, print_table, write_page
 from data.examine import examine, open_datasets
 from data.token_lengths import TokenLengths
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS
+from nexus_gen.specs.models import target_tokens_of
 
 DATA_KEYS = ("max_pixels", "max_length", "dynamic_targets", "consistent_edit_scale", "train", "heldout")
 
@@ -72,17 +74,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """What the doctor takes from a stage's config: `model` and DATA_KEYS; absent ones None."""
+    """What the doctor takes from a stage's config: `model`, `num_target_tokens` and DATA_KEYS; absent ones None."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         data = values["data"]
         model = values["model"].get("qwen") or values.get("embed", {}).get("autoregressive")
+        tokens = values["model"].get("num_target_tokens")
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"--config {path} is not the config of a stage that reads messages ({error}); give the config.yaml of its "
             "run directory, or what `nexus-gen run stage=pretrain ... --cfg` prints"
         ) from error
-    return {"model": model, **{key: data.get(key) for key in DATA_KEYS}}
+    return {"model": model, "num_target_tokens": tokens, **{key: data.get(key) for key in DATA_KEYS}}
 
 
 def token_lengths(given: argparse.Namespace, config: dict[str, Any]) -> TokenLengths | None:
@@ -105,7 +108,11 @@ def token_lengths(given: argparse.Namespace, config: dict[str, Any]) -> TokenLen
     if max_pixels is None:
         raise UserError("--model needs --max-pixels, the bound of context pictures; or give --config")
     return TokenLengths(
-        model, max_pixels, *(bool(config.get(key)) for key in ("dynamic_targets", "consistent_edit_scale"))
+        model,
+        max_pixels,
+        bool(config.get("dynamic_targets")),
+        bool(config.get("consistent_edit_scale")),
+        config.get("num_target_tokens") or target_tokens_of(Path(model)) or RELEASED_TARGET_TOKENS,
     )
 
 

@@ -1,6 +1,6 @@
 """Embedding shards: webdataset tars whose samples hold safetensors and JSON, and what a manifest says of them.
 
-A sample is `<key>.safetensors` (`target_embeds` (81, D), `latents` (C, h, w), for editing `source_embeds` (324, D)) and
+A sample is `<key>.safetensors` (`target_embeds` (N, D), `latents` (C, h, w), for editing `source_embeds` (324, D)) and
 `<key>.json`, the facts that the shard's listing repeats. A shard covers a fixed range of rows, so shards are the same
 for any number of processes. Only reading tensors needs torch; specs and listings are read by launchers.
 """

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from data.messages import Row
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import MERGE_SIZE
+from nexus_gen.specs.geometry import MERGE_SIZE, RELEASED_TARGET_TOKENS
 from nexus_gen.specs.images import PictureSizing
 from nexus_gen.specs.prompts import IMAGE_TAG
 
@@ -44,10 +44,13 @@ class TokenLengths:
         max_pixels: int,
         dynamic_targets: bool = False,
         consistent_edit_scale: bool = False,
+        num_target_tokens: int = RELEASED_TARGET_TOKENS,
     ) -> None:
         self.patch_size = read_patch_size(Path(qwen))
         self.max_pixels = max_pixels
-        self._sizing = PictureSizing(self.patch_size, max_pixels, dynamic_targets, consistent_edit_scale)
+        self._sizing = PictureSizing(
+            self.patch_size, max_pixels, dynamic_targets, consistent_edit_scale, num_target_tokens
+        )
         self._tokenizer = load_tokenizer(Path(qwen))
         image_token = self._tokenizer.token_to_id(IMAGE_TOKEN)
         if image_token is None:

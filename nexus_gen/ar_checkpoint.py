@@ -20,8 +20,8 @@ from nexus_gen.compat import ensure_torchvision, quiet_loading
 from nexus_gen.inspection import weights_of
 from nexus_gen.specs.artifact import building, write_text_atomic
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import MERGE_SIZE, LanguageGeometry, VisionGeometry
-from nexus_gen.specs.layouts import ADDED_KEYS, Source
+from nexus_gen.specs.geometry import MERGE_SIZE, RELEASED_TARGET_TOKENS, LanguageGeometry, VisionGeometry
+from nexus_gen.specs.layouts import ADDED_KEYS, PREFILL_KEY, Source
 from nexus_gen.specs.shapes import Weights
 from nexus_gen.tensor_files import TensorFiles
 from nexus_gen.translation import load_strictly
@@ -95,7 +95,12 @@ class SpecialTokenIds:
 
 
 def build_autoregressive(
-    vision: VisionGeometry, language: LanguageGeometry, tokens: SpecialTokenIds, *, seed: int
+    vision: VisionGeometry,
+    language: LanguageGeometry,
+    tokens: SpecialTokenIds,
+    *,
+    seed: int,
+    num_target_tokens: int = RELEASED_TARGET_TOKENS,
 ) -> NexusGenForConditionalGeneration:
     """A randomly initialised model in float32 on the CPU; the caller's random state is left alone."""
     config = Qwen2_5_VLConfig(
@@ -134,6 +139,7 @@ def build_autoregressive(
         vision_end_token_id=tokens.vision_end,
         tie_word_embeddings=False,
     )
+    config.num_target_tokens = num_target_tokens
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return NexusGenForConditionalGeneration(config)
@@ -145,16 +151,19 @@ def load_autoregressive(
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
     init_seed: int = 0,
+    num_target_tokens: int = RELEASED_TARGET_TOKENS,
 ) -> NexusGenForConditionalGeneration:
     """Load a released, exported or plain Qwen2.5-VL checkpoint, in eval mode.
 
-    init_seed: seeds the two tensors that a plain Qwen2.5-VL lacks, N(0, 0.02).
+    init_seed: seeds the two tensors that a plain Qwen2.5-VL lacks, N(0, 0.02). num_target_tokens: how many prefill
+    embeddings such a one gets; another keeps its own.
     Raises UserError on a missing directory or file, a damaged shard, and on keys that are missing, left over or of
     another shape than the model's.
     """
     directory = Path(path)
     config = load_config(directory)
     weights = require_whole(directory)
+    config.num_target_tokens = weights.shapes.get(PREFILL_KEY, (num_target_tokens,))[0]
     with quiet_loading():
         loaded: Any = NexusGenForConditionalGeneration.from_pretrained(
             directory,

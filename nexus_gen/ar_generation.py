@@ -1,10 +1,10 @@
 """Text and image embeddings out of the autoregressive model.
 
 A reply is decoded token by token with a key-value cache until the model emits vision_start. The inputs of the image
-that follows are known beforehand (the prefill embeddings), so one forward pass over vision_start, the 81 prefill
-embeddings and vision_end yields the 81 embeddings and the next text token: one step where a loop would take 83.
+that follows are known beforehand (the prefill embeddings), so one forward pass over vision_start, the N prefill
+embeddings and vision_end yields the N embeddings and the next text token: one step where a loop would take N + 2.
 
-Legend: B rows, L new positions of a step, D width, V vocabulary.
+Legend: B rows, L new positions of a step, D width, V vocabulary, N tokens of a target image (81 as released).
 """
 
 import math
@@ -24,7 +24,7 @@ from nexus_gen.autoregressive import (
 )
 from nexus_gen.compat import ensure_torchvision
 from nexus_gen.packed_vision import PackedVisionTower
-from nexus_gen.specs.geometry import NUM_TARGET_TOKENS, TARGET_GRIDS
+from nexus_gen.specs.geometry import target_grids
 from nexus_gen.vision_tower import VisionTower, vision_embeds
 
 ensure_torchvision()
@@ -81,7 +81,7 @@ class Reply:
     """What `generate_reply` returns.
 
     sequences: (B, S) prompts followed by replies, padded on the right after a reply's end.
-    new_tokens: per row the reply alone, unpadded. image_embeds: per row its images, (81, D) each, or as
+    new_tokens: per row the reply alone, unpadded. image_embeds: per row its images, (N, D) each, or as
     many as the target grid has.
     """
 
@@ -103,7 +103,7 @@ def generate_reply(
     generator: torch.Generator | None = None,
     force_image_first: bool = False,
     positions_after_image: PositionsAfterImage = "published",
-    target_grid: tuple[int, int] = TARGET_GRIDS[0],
+    target_grid: tuple[int, int] | None = None,
     progress: Progress | None = None,
 ) -> Reply:
     """Continue prompts with text and images.
@@ -113,8 +113,8 @@ def generate_reply(
     an end-of-sequence token. force_image_first: the first new token is vision_start.
     positions_after_image: where text continues behind an image at position p. "published" counts its tokens (p + 81),
     as the published generation does; "trained" counts its longer side (p + 9), as training does.
-    target_grid: rows and columns of the images' merged tokens, one of TARGET_GRIDS; others than 9 x 9 need a model that
-    was trained with dynamic targets. generator: on the model's device; seeds `do_sample`.
+    target_grid: rows and columns of the images' merged tokens, one of `target_grids`, the model's square unless given;
+    others need a model that was trained with dynamic targets. generator: on the model's device; seeds `do_sample`.
     progress: called before each step with (tokens of the longest reply, max_new_tokens); what it raises ends the work.
     Raises ValueError on prompts padded on the right or ending in vision_start, and for another target_grid.
     """
@@ -125,8 +125,10 @@ def generate_reply(
     if bool((input_ids[:, -1] == model.config.vision_start_token_id).any()):
         raise ValueError("a prompt ends in vision_start; leave it out and set force_image_first")
 
-    if target_grid not in TARGET_GRIDS:
-        raise ValueError(f"target_grid {target_grid} is none of {', '.join(map(str, TARGET_GRIDS))}")
+    grids = target_grids(model.num_target_tokens)
+    target_grid = target_grid or grids[0]
+    if target_grid not in grids:
+        raise ValueError(f"target_grid {target_grid} is none of {', '.join(map(str, grids))}")
 
     decoding = _Decoding(model, attention_mask, positions_after_image, target_grid)
     logits_BV = decoding.prefill(input_ids, pixel_values, image_grid_thw)
@@ -190,7 +192,7 @@ def teacher_forced_embeddings(
     tower: PackedVisionTower | None = None,
     layer: DecoderLayer = decoder_layer,
 ) -> list[Tensor]:
-    """The embeddings that the model predicts for every target image of a batch, in order, (81, D) each.
+    """The embeddings that the model predicts for every target image of a batch, in order, (N, D) each.
 
     batch: what `forward` takes, labels included; the rest as in `teacher_forced_pairs`.
     """
@@ -237,9 +239,9 @@ def teacher_forced_pairs(
 @torch.no_grad()
 def generated_embeddings(model: NexusGenForConditionalGeneration, batch: Mapping[str, Tensor]) -> dict[int, Tensor]:
     """What `generate_reply` makes for the first target image of each row, after the words and pictures before it: the
-    place of that image among the target images of the batch -> (81, D).
+    place of that image among the target images of the batch -> (N, D).
 
-    batch: what `forward` takes, labels included, with target images of 81 tokens; rows padded on either side. A batch
+    batch: what `forward` takes, labels included, with square target images; rows padded on either side. A batch
     without target images makes as many passes as another, so that processes that share the weights stay together.
     """
     image_token_id = model.config.image_token_id
@@ -268,7 +270,7 @@ def generated_embeddings(model: NexusGenForConditionalGeneration, batch: Mapping
         inputs["pixel_values"] = torch.cat([pictures[image] for image in context_images])
         inputs["image_grid_thw"] = grids[context_images]
     on_device: Any = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    reply = generate_reply(model, **on_device, max_new_tokens=NUM_TARGET_TOKENS + 2, force_image_first=True)
+    reply = generate_reply(model, **on_device, max_new_tokens=model.num_target_tokens + 2, force_image_first=True)
     return {target: made[0] for (*_, target), made in zip(rows, reply.image_embeds, strict=True) if target is not None}
 
 
@@ -296,7 +298,7 @@ def vision_embeddings(
 class _Decoding:
     """The cache of a batch and what its rows need to grow at different paces.
 
-    Rows take steps of different length (1 for text, 83 for an image, 0 when finished): a step is as long as its
+    Rows take steps of different length (1 for text, N + 2 for an image, 0 when finished): a step is as long as its
     longest row, shorter rows are padded on the left, and the attention mask hides that padding for good.
     """
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_gen.compat import ensure_torchvision
-from nexus_gen.specs.geometry import NUM_TARGET_TOKENS
+from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, target_grid
 from nexus_gen.vision_tower import vision_embeds
 
 ensure_torchvision()
@@ -120,8 +120,9 @@ def mean_or_zero(losses_N: Tensor) -> Tensor:
 
 
 class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
-    """Qwen2.5-VL with `vision_head` (D x D, no bias) and `image_prefill_embeds` (81 x D).
+    """Qwen2.5-VL with `vision_head` (D x D, no bias) and `image_prefill_embeds` (81 x D, as released).
 
+    config.num_target_tokens: prefill embeddings, so tokens of a target image, if not 81; nobody reads it later.
     loss_weights: the objective of `forward` with labels; assign another `LossWeights` to change it.
     """
 
@@ -130,9 +131,15 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         text_config: Any = config.text_config
         width = text_config.hidden_size
         self.vision_head = nn.Linear(width, width, bias=False)
-        self.image_prefill_embeds = nn.Embedding(NUM_TARGET_TOKENS, width)
+        num_target_tokens = getattr(config, "num_target_tokens", RELEASED_TARGET_TOKENS)
+        self.image_prefill_embeds = nn.Embedding(num_target_tokens, width)
         self.loss_weights = LossWeights()
         self.post_init()
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Of a square target image; the number of prefill embeddings."""
+        return self.image_prefill_embeds.num_embeddings
 
     @property
     def target_inputs(self) -> str:
@@ -238,10 +245,11 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         inputs_embeds = replace_rows(inputs_embeds, image_mask, vision_ND)
 
         prefill_index_N = index_within_runs(target_mask)
-        if prefill_index_N.numel() and int(prefill_index_N.max()) >= NUM_TARGET_TOKENS:
+        if prefill_index_N.numel() and int(prefill_index_N.max()) >= self.num_target_tokens:
+            side = target_grid(self.num_target_tokens)
             raise ValueError(
-                f"a target image has {int(prefill_index_N.max()) + 1} tokens, more than the {NUM_TARGET_TOKENS} "
-                "prefill embeddings; resize it to 18 x 18 patches"
+                f"a target image has {int(prefill_index_N.max()) + 1} tokens, more than the {self.num_target_tokens} "
+                f"prefill embeddings; resize it to {side} x {side} patches"
             )
         # The module, not its weight: under ZeRO-3 the weight exists only inside the module's own forward.
         prefill_ND = self.image_prefill_embeds(prefill_index_N)

@@ -1,7 +1,7 @@
 """From image embeddings to the transformer's context: the generation adapter, the editing projector, and positions.
 
-Legend: B batch, N target tokens (81), M reference tokens (324), D embedding width, C context width.
-A grid is (height, width) in vision patches before merging: (18, 18) for a target, (36, 36) for a reference.
+Legend: B batch, N target tokens (81 as released), M reference tokens (324), D embedding width, C context width.
+A grid is (height, width) in vision patches before merging: (18, 18) for 81 tokens, (36, 36) for a reference.
 """
 
 from pathlib import Path
@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from nexus_gen.compat import ensure_torchvision
-from nexus_gen.specs.geometry import MERGE_SIZE, REFERENCE_GRID, TARGET_GRID, ProjectorGeometry
+from nexus_gen.specs.geometry import (
+    MERGE_SIZE,
+    REFERENCE_GRID,
+    RELEASED_TARGET_TOKENS,
+    ProjectorGeometry,
+)
+from nexus_gen.specs.geometry import (
+    target_grid as patches_per_side,
+)
 from nexus_gen.specs.layouts import Source
 from nexus_gen.specs.shapes import EXPANSION
 from nexus_gen.tensor_files import TensorFiles
@@ -26,7 +34,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (  # noqa: E402
 )
 
 Grid = tuple[int, int]
-TARGET: Grid = (TARGET_GRID, TARGET_GRID)
+TARGET: Grid = (patches_per_side(RELEASED_TARGET_TOKENS),) * 2
 REFERENCE: Grid = (REFERENCE_GRID, REFERENCE_GRID)
 BASE_GRID = 72  # the grid whose patch indices are the projector's position ids
 
@@ -86,13 +94,14 @@ class EditingProjector(nn.Module):
         self,
         target_embeds: Tensor,
         source_embeds: Tensor | None = None,
-        target_grid: Grid = TARGET,
+        target_grid: Grid | None = None,
         reference_grid: Grid = REFERENCE,
     ) -> Tensor:
         """(B, N, D) target and, where there is a reference, (B, M, D) -> (B, N + M, C); target tokens come first.
 
-        Raises ValueError when N or M is not what the grids say.
+        target_grid: the square of N tokens unless given. Raises ValueError when N or M is not what the grids say.
         """
+        target_grid = target_grid or (patches_per_side(target_embeds.shape[1]),) * 2
         grids = [target_grid] if source_embeds is None else [target_grid, reference_grid]
         hidden = target_embeds if source_embeds is None else torch.cat((target_embeds, source_embeds), dim=1)
         positions = torch.cat([projector_position_ids(grid) for grid in grids], dim=-1).to(hidden.device)

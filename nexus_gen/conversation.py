@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nexus_gen.autoregressive import IGNORE_INDEX
 from nexus_gen.compat import ensure_torchvision
-from nexus_gen.specs.geometry import MERGE_SIZE, TARGET_GRID
+from nexus_gen.specs.geometry import MERGE_SIZE, RELEASED_TARGET_TOKENS, target_grid
 from nexus_gen.specs.images import PictureSizing
 from nexus_gen.specs.prompts import IMAGE_TAG
 
@@ -24,9 +24,9 @@ from transformers import Qwen2_5_VLProcessor  # noqa: E402
 Messages = Sequence[dict[str, str]]
 
 
-def target_size(processor: Qwen2_5_VLProcessor) -> int:
-    """Pixels per side of a target image: 252 at patch 14."""
-    return TARGET_GRID * processor.image_processor.patch_size
+def target_size(processor: Qwen2_5_VLProcessor, num_target_tokens: int) -> int:
+    """Pixels per side of a target image: 252 for 81 tokens at patch 14."""
+    return target_grid(num_target_tokens) * processor.image_processor.patch_size
 
 
 def resized(
@@ -73,19 +73,23 @@ def encode(
     reply_prefix: str | None = None,
     *,
     consistent_edit_scale: bool = False,
+    num_target_tokens: int = RELEASED_TARGET_TOKENS,
 ) -> dict[str, Tensor]:
     """One conversation as (S,) input_ids and labels, pixel_values and image_grid_thw (absent without pictures).
 
     labels: -100 but at the tokens of target images, which are what embeddings are predicted for.
     reply_prefix: open an assistant turn that begins with these words, for the model to go on from.
     consistent_edit_scale: context pictures take the square of the target that follows, which may be the one to come.
+    num_target_tokens: the model's.
     """
     tokenizer: Any = processor.tokenizer
     is_target_image = [
         message["role"] == "assistant" for message in messages for _ in range(message["content"].count(IMAGE_TAG))
     ]
     patch_size = processor.image_processor.patch_size
-    sizing = PictureSizing(patch_size, max_pixels, consistent_edit_scale=consistent_edit_scale)
+    sizing = PictureSizing(
+        patch_size, max_pixels, consistent_edit_scale=consistent_edit_scale, num_target_tokens=num_target_tokens
+    )
     coming = sizing.target_size((1, 1)) if reply_prefix is not None else None
     sized = resized(images, is_target_image, sizing, coming)
     counts = [image.width * image.height // (MERGE_SIZE * patch_size) ** 2 for image in sized]

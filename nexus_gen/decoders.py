@@ -1,6 +1,7 @@
 """The two decoders: FLUX's transformer, painting from image embeddings in place of text.
 
-Legend: B batch, C latent channels, h x w latent size, D embedding width.
+Legend: B batch, C latent channels, h x w latent size, D embedding width, N tokens of the image to paint (81 as
+released).
 """
 
 import torch
@@ -8,11 +9,11 @@ from torch import Tensor, nn
 
 from nexus_gen.conditioning import EditingProjector, GenerationAdapter, editing_text_ids
 from nexus_gen.flux import FluxTransformer
-from nexus_gen.specs.geometry import FluxGeometry, ProjectorGeometry
+from nexus_gen.specs.geometry import FluxGeometry, ProjectorGeometry, target_grid
 
 
 class GenerationDecoder(nn.Module):
-    """Velocities from the 81 embeddings of the image to paint."""
+    """Velocities from the embeddings of the image to paint, any number of them."""
 
     def __init__(self, transformer: FluxTransformer, adapter: GenerationAdapter) -> None:
         super().__init__()
@@ -32,7 +33,7 @@ class GenerationDecoder(nn.Module):
         """Predict the velocity (noise - data), (B, C, h, w).
 
         latents: (B, C, h, w) noisy latents, h and w even. timestep: (B,) in [0, 1000]. guidance: (B,), published: 3.5.
-        pooled: (B, P) or (1, P), CLIP's pooled embedding of the empty prompt. target_embeds: (B, 81, D).
+        pooled: (B, P) or (1, P), CLIP's pooled embedding of the empty prompt. target_embeds: (B, N, D).
         source_embeds: always None; both decoders are called alike.
         """
         return self.transformer(
@@ -46,7 +47,7 @@ class GenerationDecoder(nn.Module):
 
 
 class EditingDecoder(nn.Module):
-    """Velocities from the 81 embeddings of the image to paint and, where given, the 324 of the image to edit.
+    """Velocities from the embeddings of the image to paint and, where given, the 324 of the image to edit.
 
     Token positions are rounded as `embedding_merger.round_positions` says.
     """
@@ -69,12 +70,14 @@ class EditingDecoder(nn.Module):
         """Predict the velocity (noise - data), (B, C, h, w).
 
         As GenerationDecoder.forward; source_embeds: (B, 324, D), or None to paint from the target's embeddings alone.
+        Raises ValueError when N is no square.
         """
         context = self.embedding_merger(target_embeds, source_embeds)
         text_ids = editing_text_ids(
             (latents.shape[-2], latents.shape[-1]),
             with_reference=source_embeds is not None,
             dtype=latents.dtype if self.embedding_merger.round_positions else torch.float32,
+            target_grid=(target_grid(target_embeds.shape[1]),) * 2,
         )
         return self.transformer(
             latents,

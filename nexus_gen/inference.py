@@ -1,6 +1,6 @@
 """From a run's artifacts, or released files, to answers and pictures.
 
-Legend: B pictures, D embedding width.
+Legend: B pictures, N embeddings of a picture that the model makes (81 as released), D embedding width.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,7 @@ from nexus_gen.conversation import collate, encode, patches
 from nexus_gen.decoders import EditingDecoder, GenerationDecoder, build_editing_decoder, build_generation_decoder
 from nexus_gen.flow_match import euler_sample
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import (
-    NUM_TARGET_TOKENS,
-    REFERENCE_GRID,
-    TARGET_GRID,
-    FluxGeometry,
-    ProjectorGeometry,
-    VaeGeometry,
-)
+from nexus_gen.specs.geometry import REFERENCE_GRID, FluxGeometry, ProjectorGeometry, VaeGeometry, target_grid
 from nexus_gen.specs.images import StoredImage, open_image, squash
 from nexus_gen.specs.models import ModelPaths
 from nexus_gen.specs.prompts import (
@@ -133,24 +126,23 @@ class NexusGen:
         return [self.processor.tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in made.new_tokens]
 
     def imagine(self, content: str, reply: str, images: list[Picture]) -> Tensor:
-        """The 81 embeddings of the picture that answers a user message: (1, 81, D).
+        """The embeddings of the picture that answers a user message: (1, N, D).
 
         reply: the assistant's words up to its `<image>` tag.
         """
         return self.imagine_all([content], [reply], [images])
 
     def imagine_all(self, contents: list[str], replies: list[str], images: list[list[Picture]]) -> Tensor:
-        """The 81 embeddings for each of B user messages as one batch: (B, 81, D)."""
+        """The embeddings for each of B user messages as one batch: (B, N, D)."""
         prefixes = [reply.split(IMAGE_TAG)[0] for reply in replies]
         inputs = self._prompts(contents, images, prefixes, self.paths.consistent_edit_scale)
-        made = generate_reply(
-            self.autoregressive, **inputs, max_new_tokens=NUM_TARGET_TOKENS + 2, force_image_first=True
-        )
+        length = self.autoregressive.num_target_tokens + 2
+        made = generate_reply(self.autoregressive, **inputs, max_new_tokens=length, force_image_first=True)
         return torch.stack([embeds[0] for embeds in made.image_embeds])
 
     def target_embeds(self, *images: Picture) -> Tensor:
-        """The 81 vision embeddings of each of B pictures, what `imagine` aims at: (B, 81, D)."""
-        return self._vision_embeds(images, TARGET_GRID)
+        """The vision embeddings of each of B pictures, what `imagine` aims at: (B, N, D)."""
+        return self._vision_embeds(images, target_grid(self.autoregressive.num_target_tokens))
 
     def source_embeds(self, *images: Picture) -> Tensor:
         """The 324 vision embeddings of each of B pictures to edit: (B, 324, D)."""
@@ -188,7 +180,7 @@ class NexusGen:
         seed: int | Sequence[int] = 42,
         progress: Progress | None = None,
     ) -> list[Image.Image]:
-        """Pictures from embeddings: (B, 81, D) and, for the editing decoder, (B, 324, D).
+        """Pictures from embeddings: (B, N, D) and, for the editing decoder, (B, 324, D).
 
         None takes the decoder's own size and sampling. The noise depends on the seed and the place in the batch, not on
         the device; with a seed for each picture, on that seed alone. progress: as of `euler_sample`.
@@ -257,6 +249,7 @@ class NexusGen:
                     self.paths.max_pixels,
                     reply_prefix,
                     consistent_edit_scale=as_target,
+                    num_target_tokens=self.autoregressive.num_target_tokens,
                 )
             except ValueError as error:  # of a picture that is too long and narrow
                 raise UserError(str(error)) from error

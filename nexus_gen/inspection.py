@@ -14,6 +14,7 @@ from typing import Any
 
 from nexus_gen.specs.artifact import MANIFEST, Manifest
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS
 from nexus_gen.specs.layouts import ADDED_KEYS
 from nexus_gen.specs.models import DECODER_FILES, RELEASED, RELEASED_LANGUAGE, RELEASED_VISION
 from nexus_gen.specs.shapes import NAMED_KEYS, Weights, read_config, recognise
@@ -36,6 +37,7 @@ RELEASED_GEOMETRY: dict[str, Any] = {
     **RELEASED["editing_decoder"],
     "vision": vars(RELEASED_VISION),
     "language": vars(RELEASED_LANGUAGE),
+    "target": {"tokens": RELEASED_TARGET_TOKENS},
 }
 
 

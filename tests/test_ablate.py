@@ -1,8 +1,10 @@
 """Ablations through the console script: arms of a tiny run, their result, plot and table."""
 
 import json
+import shutil
 import signal
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,29 @@ SMALLEST = (
 )
 
 
-def test_arms_side_by_side_become_a_result_a_plot_and_a_table(tiny_run: Path, tmp_path: Path) -> None:
-    command = ["ablate", "reference", "--run", tiny_run, "--output", tmp_path, "--jobs", "2", *SMALLEST]
-    printed = succeed(*command)
+@dataclass
+class Trained:
+    """Both arms of an ablation of `run`, side by side, in `output`; what their command printed."""
+
+    run: Path
+    output: Path
+    command: list[str | Path]
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    output = tmp_path_factory.mktemp("ablations")
+    command = ["ablate", "reference", "--run", tiny_run, "--output", output, "--jobs", "2", *SMALLEST]
+    return Trained(tiny_run, output, command, succeed(*command))
+
+
+arms = pytest.mark.xdist_group("arms of an ablation")  # one process trains them
+
+
+@arms
+def test_arms_side_by_side_become_a_result_a_plot_and_a_table(trained: Trained) -> None:
+    tmp_path, command, printed = trained.output, trained.command, trained.printed
     result = json.loads((tmp_path / "reference.json").read_text(encoding="utf-8"))
     assert list(result["arms"]) == ["with_reference", "without"]
     for name, arm in result["arms"].items():
@@ -52,17 +74,19 @@ def test_arms_side_by_side_become_a_result_a_plot_and_a_table(tiny_run: Path, tm
         assert image.width > 400 and len(image.convert("RGB").getcolors(1 << 16) or []) > 10
 
 
-def test_an_arm_that_fails_is_named_and_the_others_are_compared(tiny_run: Path, tmp_path: Path) -> None:
-    of_another = tmp_path / "reference" / "with_reference" / "seed42" / "editing_decoder" / "checkpoints"
-    of_another.mkdir(parents=True)
-    (of_another / "identity.json").write_text(json.dumps({"config": {"seed": 7}, "inputs": {}}))
-    ended = nexus_gen("ablate", "reference", "--run", tiny_run, "--output", tmp_path, *SMALLEST)
+@arms
+def test_an_arm_that_fails_is_named_and_the_others_are_compared(trained: Trained, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(trained.output, tmp_path / "ablations"))
+    stage = output / "reference" / "with_reference" / "seed42" / "editing_decoder"
+    shutil.rmtree(stage / "artifact")
+    of_another = {"config": {"seed": 7}, "inputs": {}}
+    (stage / "checkpoints" / "identity.json").write_text(json.dumps(of_another), encoding="utf-8")
+    ended = nexus_gen("ablate", "reference", "--run", trained.run, "--output", output, *SMALLEST)
     assert ended.returncode == 2, ended.stderr
     assert "belong to an unfinished try with another" in ended.stderr
     assert ended.stderr.splitlines()[-1].startswith("not finished: reference/with_reference/seed42; the same command")
-    result = json.loads((tmp_path / "reference.json").read_text(encoding="utf-8"))
+    result = json.loads((output / "reference.json").read_text(encoding="utf-8"))
     assert list(result["arms"]) == ["without"] and "| without |" in ended.stdout
-    assert (tmp_path / "reference.png").is_file()
 
 
 @pytest.mark.parametrize(("number", "in_training"), [(signal.SIGTERM, False), (signal.SIGKILL, True)])
@@ -73,7 +97,8 @@ def test_arms_end_with_the_command(number: signal.Signals, in_training: bool, ti
         ablate = psutil.Popen([NEXUS_GEN, *map(str, command)], stdout=output, stderr=subprocess.STDOUT)
 
     def worker_is_there() -> bool:
-        return any("train.worker" in process.cmdline() for process in ablate.children(recursive=True)[2:])
+        commands = [process.cmdline() for process in ablate.children(recursive=True)]
+        return any("train.worker" in words and "train.torchrun" not in words for words in commands)
 
     wait_for((lambda: len(losses(stage)) > 0) if in_training else worker_is_there, ablate, tmp_path / "output")
     processes = ablate.children(recursive=True)

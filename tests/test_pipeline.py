@@ -172,6 +172,24 @@ def test_pictures_of_odd_sizes_are_edited_by_either_decoder(tiny_run: Path, tmp_
     assert editing.tobytes() != generation.tobytes()
 
 
+def test_pictures_of_fewer_tokens_are_learned_and_edited(tiny_run: Path, tmp_path: Path) -> None:
+    """The generation decoder that is still there paints from more: that is said before anything is loaded."""
+    run = copy_run(tiny_run, tmp_path / "run", "pretrain", "embed_editing", "editing_decoder")
+    succeed(*stage_arguments(run, "pretrain", "model.num_target_tokens=25", "trainer.max_steps=2"))
+    succeed(*stage_arguments(run, "embed_editing"))
+    succeed(*stage_arguments(run, "editing_decoder", "trainer.max_steps=1", "samples.num_pictures=0"))
+    manifests = {stage: Manifest.load(run / stage / "artifact").details for stage in STAGES[2:]}
+    assert manifests["embed_editing"]["spec"]["num_target_tokens"] == 25
+    assert [manifests[stage]["num_target_tokens"] for stage in TRAINED[1:]] == [81, 25]
+    source, result = tmp_path / "source.png", tmp_path / "result.png"
+    Image.linear_gradient("L").save(source)
+    succeed("edit", "--run", run, "--input-image", source, "--instruction", "make it blue", "--result-path", result)
+    assert picture(result).size == (64, 64)
+    refused = nexus_gen("generate", "--run", run, "--prompt", "a red circle")
+    assert refused.returncode == 2 and "pretrain/artifact makes pictures of 25 tokens and" in refused.stderr
+    assert "paints from 81; give the language model and the decoder of one run" in refused.stderr
+
+
 def test_questions_about_pictures_are_answered_alike_every_time(tiny_run: Path, tmp_path: Path) -> None:
     source = tmp_path / "source.png"
     Image.linear_gradient("L").resize((37, 51)).save(source)

@@ -1,6 +1,7 @@
 """One training step of either decoder: noise, timestep, velocity, weighted flow-matching loss; optimizer and schedule.
 
-Legend: B micro batch, C latent channels, h x w latent size, D embedding width, P width of CLIP's pooled output.
+Legend: B micro batch, C latent channels, h x w latent size, N target tokens, D embedding width, P width of CLIP's
+pooled output.
 """
 
 import math
@@ -138,7 +139,7 @@ class DecoderModule(pl.LightningModule):
     def loss_per_sample(self, batch: dict[str, Any]) -> Tensor:
         """Weighted flow-matching loss, (B,) float32.
 
-        batch: latents (B, C, h, w), noise likewise, timestep_index (B,), target_embeds (B, 81, D), for the editing
+        batch: latents (B, C, h, w), noise likewise, timestep_index (B,), target_embeds (B, N, D), for the editing
         decoder source_embeds (B, 324, D), and dropped, the places whose condition is the empty prompt instead.
         """
         latents = batch["latents"].to(self.compute_dtype)

@@ -171,7 +171,7 @@ class DecoderStage(Stage[DecoderConfig]):
             decoder = meta_decoder(config, spec.embed_dim)
             decoder.load_state_dict(weights, strict=True, assign=True)
             save_decoder(decoder, directory / DECODER_FILES[config.kind])
-            return self._details(spec.embed_dim, result.metrics)
+            return self._details(spec, result.metrics)
 
         self.write_artifact(export)
         return True
@@ -195,14 +195,15 @@ class DecoderStage(Stage[DecoderConfig]):
             return constants[name]
         return encode(self.config.model.flux, "", DTYPES[self.config.trainer.precision])
 
-    def _details(self, embed_dim: int, metrics: dict[str, float]) -> dict[str, Any]:
+    def _details(self, spec: ShardSpec, metrics: dict[str, float]) -> dict[str, Any]:
         """What inference needs to build and sample the decoder, and how training ended."""
         config = self.config
         details = {
             "transformer": dataclasses.asdict(config.model.transformer),
             "vae": dataclasses.asdict(config.model.vae),
             "image_size": config.model.image_size,
-            "embed_dim": embed_dim,
+            "embed_dim": spec.embed_dim,
+            "num_target_tokens": spec.num_target_tokens,
             "sampling": dataclasses.asdict(config.sampling),
             "steps": config.trainer.max_steps,
             # Throughput stays in metrics.jsonl: details enter the artifact's fingerprint.
@@ -219,8 +220,8 @@ class DecoderStage(Stage[DecoderConfig]):
 
 
 class GenerationDecoderStage(DecoderStage):
-    """FLUX learns to paint from 81 embeddings."""
+    """FLUX learns to paint from the embeddings of a picture."""
 
 
 class EditingDecoderStage(DecoderStage):
-    """FLUX learns to repaint from 81 target and 324 source embeddings."""
+    """FLUX learns to repaint from the embeddings of the result and 324 of the source."""

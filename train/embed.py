@@ -2,7 +2,8 @@
 
 A sample is stored under the address of what it follows from: pictures, words, and the recipe of the stage. What an
 earlier start made under the same address is copied, so a second run embeds only what is new or stale, and a killed one
-goes on where it was, on any number of processes. docs/embeddings.md tells users. Legend: B rows, D embedding width.
+goes on where it was, on any number of processes. docs/embeddings.md tells users. Legend: B rows, N tokens of a target
+image (81 as released), D embedding width.
 """
 
 import json
@@ -42,9 +43,9 @@ from nexus_gen.conversation import collate, encode, target_size
 from nexus_gen.packed_vision import PackedVisionTower
 from nexus_gen.specs.artifact import digest, hash_file, write_text_atomic
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS, NUM_TARGET_TOKENS, REFERENCE_GRID
+from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS, REFERENCE_GRID, RELEASED_TARGET_TOKENS
 from nexus_gen.specs.images import cover_crop, open_image, squash
-from nexus_gen.specs.models import trained_details
+from nexus_gen.specs.models import target_tokens_of, trained_details
 from nexus_gen.tensor_files import TensorFiles, fingerprint_tensors, save_tensors
 from nexus_gen.text_encoders import encode_context, encode_pooled
 from nexus_gen.vae import FluxVae
@@ -129,6 +130,8 @@ class EmbedStage(Stage[EmbedConfig]):
             "storage dtype": config.embed.dtype,
             "latents": config.embed.latents,
         }
+        if self.num_target_tokens != RELEASED_TARGET_TOKENS:  # shards of earlier versions do not say it
+            recipe["num_target_tokens"] = self.num_target_tokens
         if whole:
             recipe |= {"max_pixels": config.data.max_pixels, "consistent_edit_scale": self.consistent_edit_scale}
         if config.embed.latents:
@@ -251,7 +254,7 @@ class EmbedStage(Stage[EmbedConfig]):
         side = model.image_size // model.vae.downscale
         embed_dim = json.loads((Path(self.config.embed.autoregressive) / "config.json").read_text())["hidden_size"]
         spec = ShardSpec(
-            num_target_tokens=NUM_TARGET_TOKENS,
+            num_target_tokens=self.num_target_tokens,
             num_reference_tokens=self.num_reference_tokens,
             embed_dim=embed_dim,
             latent_shape=[model.vae.latent_channels, side, side] if self.config.embed.latents else [],
@@ -383,7 +386,19 @@ class EmbedStage(Stage[EmbedConfig]):
 
     def conversation(self, row: Row, images: list[Image.Image]) -> Prepared:
         pixels = self.config.data.max_pixels
-        return encode(self.processor, row.messages, images, pixels, consistent_edit_scale=self.consistent_edit_scale)
+        return encode(
+            self.processor,
+            row.messages,
+            images,
+            pixels,
+            consistent_edit_scale=self.consistent_edit_scale,
+            num_target_tokens=self.num_target_tokens,
+        )
+
+    @cached_property
+    def num_target_tokens(self) -> int:
+        """As the checkpoint has it; a plain Qwen2.5-VL embeds as the released models do."""
+        return target_tokens_of(Path(self.config.embed.autoregressive)) or RELEASED_TARGET_TOKENS
 
     @cached_property
     def consistent_edit_scale(self) -> bool:
@@ -391,13 +406,13 @@ class EmbedStage(Stage[EmbedConfig]):
         return bool(trained_details(Path(self.config.embed.autoregressive)).get("consistent_edit_scale", False))
 
     def predicted(self, rows: Sequence[Prepared]) -> tuple[Tensor, Tensor]:
-        """Of each row's last target image, (B, 81, D) twice: what the model predicts, and the tower's embeddings."""
+        """Of each row's last target image, (B, N, D) twice: what the model predicts, and the tower's embeddings."""
         names = ("input_ids", "labels", "pixel_values", "image_grid_thw")
         encoded = [{name: row[name] for name in names} for row in rows]
         batch = collate(encoded, self.processor.tokenizer.pad_token_id, self.group(rows[0]) * LENGTH_STEP)
         layer = compiled_decoder_layer() if self.compiled else decoder_layer
         pairs = teacher_forced_pairs(self.model, batch, self.tower, layer)
-        num_targets = [int((row["labels"] != IGNORE_INDEX).sum()) // NUM_TARGET_TOKENS for row in rows]
+        num_targets = [int((row["labels"] != IGNORE_INDEX).sum()) // self.num_target_tokens for row in rows]
         last = [pairs[end - 1] for end in np.cumsum(num_targets)]
         return torch.stack([predicted for predicted, _ in last]), torch.stack([true for _, true in last])
 
@@ -418,9 +433,9 @@ class EmbedStage(Stage[EmbedConfig]):
 
 
 class EmbedGenerationStage(EmbedStage[EmbedGenerationConfig]):
-    """81 vision embeddings of the picture that a row asks for; pixels and embeddings see the same centre crop.
+    """Vision embeddings of the picture that a row asks for; pixels and embeddings see the same centre crop.
 
-    With embed.predicted, also the 81 that the language model predicts from the row's words.
+    With embed.predicted, also those that the language model predicts from the row's words.
     """
 
     num_reference_tokens = 0
@@ -431,12 +446,12 @@ class EmbedGenerationStage(EmbedStage[EmbedGenerationConfig]):
 
     def prepare(self, sample: PlannedSample) -> Prepared:
         row, images = self.read(sample)
-        target = {"target": as_uint8(cover_crop(images[-1], target_size(self.processor)))}
+        target = {"target": as_uint8(cover_crop(images[-1], target_size(self.processor, self.num_target_tokens)))}
         words = self.conversation(row, images) if self.config.embed.predicted else {}
         return target | words | self.prepare_latents(cover_crop(images[-1], self.config.model.image_size))
 
     def embed(self, rows: Sequence[Prepared]) -> dict[str, Tensor]:
-        outputs = {"target_embeds": self.vision([row["target"] for row in rows], NUM_TARGET_TOKENS)}
+        outputs = {"target_embeds": self.vision([row["target"] for row in rows], self.num_target_tokens)}
         if self.config.embed.latents:
             outputs["latents"] = self.latents([row["pixels"] for row in rows])
         if self.config.embed.predicted:
@@ -446,7 +461,7 @@ class EmbedGenerationStage(EmbedStage[EmbedGenerationConfig]):
 
 
 class EmbedEditingStage(EmbedStage[EmbedEditingConfig]):
-    """81 embeddings that the model predicts for the result (teacher-forced) and 324 vision embeddings of the source.
+    """Embeddings that the model predicts for the result (teacher-forced) and 324 vision embeddings of the source.
 
     The published code crops the result's pixels and squashes its embeddings, which embed.pixels=crop does too.
     """

@@ -31,7 +31,7 @@ from data.mixture import Mixture
 from nexus_gen.ar_checkpoint import save_autoregressive
 from nexus_gen.autoregressive import TARGET_INPUTS, LossWeights
 from nexus_gen.specs.artifact import write_text_atomic
-from nexus_gen.specs.geometry import TARGET_GRID
+from nexus_gen.specs.geometry import target_grid
 from train.message_stream import MessageStream, Quarantine
 from train.metrics import MetricsLogger, latest
 from train.schemas.common import OptimConfig
@@ -107,7 +107,7 @@ class PretrainStage(Stage[PretrainConfig]):
                 "dynamic_targets": config.data.dynamic_targets,
                 "max_length": config.data.max_length,
                 "hidden_size": pipeline.model.config.get_text_config().hidden_size,
-                "target_grid": TARGET_GRID,
+                "target_grid": target_grid(config.model.num_target_tokens),
                 "steps": pipeline.trainer.state.global_step,
                 "tokens": pipeline.guard.tokens_seen,
                 "rows": rows,
@@ -152,7 +152,9 @@ class PretrainPipeline(SwiftSft):
         """Load whole weights on the CPU under ZeRO-3 too: strict loading compares shapes, which partitions lack."""
         hf_config = self.args.training_args.hf_deepspeed_config
         unset_hf_deepspeed_config()
-        super()._prepare_model_tokenizer(init_seed=self.config.seed, **kwargs)
+        num_target_tokens = self.config.model.num_target_tokens
+        super()._prepare_model_tokenizer(init_seed=self.config.seed, num_target_tokens=num_target_tokens, **kwargs)
+        assert self.model.num_target_tokens == num_target_tokens  # the launcher compared them
         set_hf_deepspeed_config(hf_config)
         objective = self.config.objective
         self._describe_inputs()
@@ -165,6 +167,7 @@ class PretrainPipeline(SwiftSft):
         data, trainer = self.config.data, self.config.trainer
         self.template.dynamic_targets = data.dynamic_targets
         self.template.consistent_edit_scale = data.consistent_edit_scale
+        self.template.num_target_tokens = self.config.model.num_target_tokens
         mixture = self.mixture
         num_samples = trainer.max_steps * trainer.global_batch_size
         for source, count in zip(mixture.spec.sources, mixture.counts, strict=True):

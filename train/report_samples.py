@@ -72,7 +72,11 @@ def models(run: Path, decoder: str, device: str, with_start: bool) -> tuple[Nexu
         return None, trained
     untrained = NexusGen(trained.paths, device)
     untrained.autoregressive = load_autoregressive(
-        pretrain.model.qwen, dtype=untrained.dtype, device=untrained.device, init_seed=pretrain.seed
+        pretrain.model.qwen,
+        dtype=untrained.dtype,
+        device=untrained.device,
+        init_seed=pretrain.seed,
+        num_target_tokens=pretrain.model.num_target_tokens,
     )
     initial = build_initial_decoder(decoder_config, trained.details["embed_dim"])
     untrained.decoder = initial.to(untrained.device, untrained.dtype).eval()

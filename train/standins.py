@@ -64,7 +64,14 @@ def build_standins(
     num_held_out = min(HELD_OUT, len(images) // 8)
     vae = fit_vae(model.vae, images[num_held_out:], standins.vae_steps, standins.vae_batch_size, seed, device)
     num_qwen, vision = build_qwen(
-        directory / QWEN_DIR, standins, texts, images, objects or [None] * len(images), seed, device
+        directory / QWEN_DIR,
+        standins,
+        model.num_target_tokens,
+        texts,
+        images,
+        objects or [None] * len(images),
+        seed,
+        device,
     )
     num_parameters = {"qwen": num_qwen}
     flux = build_flux_transformer(model.transformer, seed)
@@ -103,6 +110,7 @@ def check(model: StandinsModelConfig, standins: StandinsConfig, images: list[Ima
 def build_qwen(
     directory: Path,
     standins: StandinsConfig,
+    num_target_tokens: int,
     corpus: list[str],
     images: list[Image.Image],
     objects: list[Objects],
@@ -140,11 +148,19 @@ def build_qwen(
     tower, scores = model.model.visual, {}
     if standins.vision_steps:
         scores = fit_vision(
-            tower, processor, images, objects, standins.vision_steps, standins.vision_batch_size, seed, device
+            tower,
+            processor,
+            images,
+            objects,
+            standins.vision_steps,
+            standins.vision_batch_size,
+            seed,
+            device,
+            num_target_tokens,
         )
     else:
         initialise_vision(tower, seed)
-    calibrate_vision(tower, processor, images[:CALIBRATION_PICTURES])
+    calibrate_vision(tower, processor, images[:CALIBRATION_PICTURES], num_target_tokens)
     save_autoregressive(model, directory, as_qwen=True)
     tokenizer.save_pretrained(directory)
     processor.image_processor.save_pretrained(directory)

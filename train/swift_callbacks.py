@@ -28,7 +28,6 @@ from data.messages import TASKS
 from nexus_gen.ar_generation import generated_embeddings
 from nexus_gen.autoregressive import IGNORE_INDEX, NexusGenForConditionalGeneration, NexusGenOutput
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import NUM_TARGET_TOKENS
 from train.metrics import MetricsLogger
 from train.schemas.common import HeldoutConfig, TrainerConfig
 from train.weight_average import WeightAverage
@@ -173,7 +172,7 @@ class HeldoutLoss(TrainerCallback):
                 if number >= len(self._batches):
                     continue
                 forced += embedding_errors(outputs.predicted_embeds, outputs.target_embeds)
-                targets = outputs.target_embeds.split(NUM_TARGET_TOKENS)
+                targets = outputs.target_embeds.split(model.num_target_tokens)
                 for image, embeds in generated.items():
                     made += embedding_errors(embeds, targets[image])
                 labels = batch["labels"]

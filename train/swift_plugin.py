@@ -18,7 +18,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor
 from nexus_gen.ar_checkpoint import load_autoregressive, load_processor
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration, NexusGenOutput
 from nexus_gen.conversation import byte_patches, resized, scaled_patches
-from nexus_gen.specs.geometry import MERGE_SIZE
+from nexus_gen.specs.geometry import MERGE_SIZE, RELEASED_TARGET_TOKENS
 from nexus_gen.specs.images import PictureSizing, open_image
 from nexus_gen.specs.prompts import IMAGE_TAG
 from train.message_stream import TooLong
@@ -32,12 +32,15 @@ IMAGE_MARKUP = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
 class NexusGenLoader(ModelLoader):
     """Loads through our checkpoint code: strict, offline, from released, exported and plain Qwen2.5-VL directories.
 
-    init_seed: seeds the two tensors that a plain Qwen2.5-VL lacks.
+    init_seed, num_target_tokens: of the two tensors that a plain Qwen2.5-VL lacks.
     """
 
-    def __init__(self, *args: Any, init_seed: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, init_seed: int = 0, num_target_tokens: int = RELEASED_TARGET_TOKENS, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.init_seed = init_seed
+        self.num_target_tokens = num_target_tokens
 
     def get_config(self, model_dir: str) -> Qwen2_5_VLConfig:
         return Qwen2_5_VLConfig.from_pretrained(model_dir, local_files_only=True)
@@ -49,7 +52,12 @@ class NexusGenLoader(ModelLoader):
         self, model_dir: str, config: Any, processor: Any, model_kwargs: Any
     ) -> NexusGenForConditionalGeneration:
         """On the CPU, in the dtype that swift was told; the trainer moves it, or partitions it, from there."""
-        return load_autoregressive(model_dir, dtype=self.torch_dtype, init_seed=self.init_seed)
+        return load_autoregressive(
+            model_dir,
+            dtype=self.torch_dtype,
+            init_seed=self.init_seed,
+            num_target_tokens=self.num_target_tokens,
+        )
 
 
 class NexusGenTemplate(Qwen2_5VLTemplate):
@@ -66,6 +74,7 @@ class NexusGenTemplate(Qwen2_5VLTemplate):
     _requires_mm_token_type_ids = False  # the model tells modalities by token ids
     dynamic_targets = False
     consistent_edit_scale = False
+    num_target_tokens = RELEASED_TARGET_TOKENS
     on_loss: Callable[[NexusGenOutput, dict[str, Any]], None] | None = None
 
     def init_processor(self, processor: Any) -> None:
@@ -110,6 +119,7 @@ class NexusGenTemplate(Qwen2_5VLTemplate):
             self.max_pixels,
             self.dynamic_targets,
             self.consistent_edit_scale,
+            self.num_target_tokens,
         )
         images = resized(
             [open_image(image) for image in inputs.images], [role == "assistant" for role in roles], sizing

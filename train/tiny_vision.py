@@ -18,7 +18,7 @@ from transformers import Qwen2_5_VLProcessor
 
 from nexus_gen.ar_generation import vision_embeddings
 from nexus_gen.conversation import patches, target_size
-from nexus_gen.specs.geometry import MERGE_SIZE, REFERENCE_GRID, TARGET_GRID
+from nexus_gen.specs.geometry import MERGE_SIZE, REFERENCE_GRID, RELEASED_TARGET_TOKENS, target_grid
 from nexus_gen.specs.images import squash, to_array
 from nexus_gen.vision_tower import VisionTower, vision_embeds
 
@@ -71,20 +71,28 @@ def initialise_vision(tower: VisionTower, seed: int) -> None:
 
 
 @torch.no_grad()
-def calibrate_vision(tower: VisionTower, processor: Qwen2_5_VLProcessor, images: list[Image.Image]) -> None:
-    """Give every output dimension mean 0 and std 1 over the 81 tokens of the pictures, by the last layer's weights."""
+def calibrate_vision(
+    tower: VisionTower, processor: Qwen2_5_VLProcessor, images: list[Image.Image], num_target_tokens: int
+) -> None:
+    """Give every output dimension mean 0 and std 1 over the tokens of the pictures, by the last layer's weights."""
     last: Any = tower.merger.mlp[-1]
-    std, mean = torch.std_mean(target_embeddings(tower, processor, images).flatten(0, 1), dim=0)
+    embeds = target_embeddings(tower, processor, images, num_target_tokens)
+    std, mean = torch.std_mean(embeds.flatten(0, 1), dim=0)
     last.bias.sub_(mean).div_(std)
     last.weight.div_(std[:, None])
 
 
 @torch.no_grad()
-def target_embeddings(tower: VisionTower, processor: Qwen2_5_VLProcessor, images: list[Image.Image]) -> Tensor:
-    """(pictures, 81, D): the embeddings of pictures at the size of a target."""
-    embeds = []
+def target_embeddings(
+    tower: VisionTower,
+    processor: Qwen2_5_VLProcessor,
+    images: list[Image.Image],
+    num_target_tokens: int = RELEASED_TARGET_TOKENS,
+) -> Tensor:
+    """(pictures, num_target_tokens, D): the embeddings of pictures at the size of a target."""
+    side, embeds = target_size(processor, num_target_tokens), []
     for first in range(0, len(images), BATCH_SIZE):
-        sized = [squash(image, target_size(processor)) for image in images[first : first + BATCH_SIZE]]
+        sized = [squash(image, side) for image in images[first : first + BATCH_SIZE]]
         embeds.append(vision_embeddings(tower, *patches(processor, sized)).unflatten(0, (len(sized), -1)))
     return torch.cat(embeds)
 
@@ -98,6 +106,7 @@ def fit_vision(
     batch_size: int,
     seed: int,
     device: torch.device,
+    num_target_tokens: int = RELEASED_TARGET_TOKENS,
 ) -> dict[str, float]:
     """Train the tower in place to describe every token linearly; returns how well it does on pictures left out.
 
@@ -106,15 +115,14 @@ def fit_vision(
     images: square, of one size. The tower comes back on the CPU. The same device makes the same weights.
     """
     pictures = torch.from_numpy(np.stack([to_array(image) for image in images]))
-    labels = {
-        grid: torch.from_numpy(token_labels(objects, grid // MERGE_SIZE)) for grid in (TARGET_GRID, REFERENCE_GRID)
-    }
+    target = target_grid(num_target_tokens)
+    labels = {grid: torch.from_numpy(token_labels(objects, grid // MERGE_SIZE)) for grid in (target, REFERENCE_GRID)}
     pictures, labels = pictures.to(device), {grid: values.to(device) for grid, values in labels.items()}
     held_out = max(1, min(256, len(images) // 8))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reinitialise(tower)
-        heads = Heads(tower.config.out_hidden_size, max(1, int(labels[TARGET_GRID].max()) + 1))
+        heads = Heads(tower.config.out_hidden_size, max(1, int(labels[target].max()) + 1))
     module: nn.Module = tower  # transformers types `to` for whole models
     module.to(device).train().requires_grad_(True)
     heads.to(device)
@@ -125,7 +133,7 @@ def fit_vision(
     )
     generator = torch.Generator(device).manual_seed(seed)
     for step in range(steps):
-        grid, count = (TARGET_GRID, batch_size) if step % 2 else (REFERENCE_GRID, max(1, batch_size // REFERENCE_SHARE))
+        grid, count = (target, batch_size) if step % 2 else (REFERENCE_GRID, max(1, batch_size // REFERENCE_SHARE))
         index = held_out + torch.randint(len(pictures) - held_out, (count,), generator=generator, device=device)
         embeds = heads.normalise(embed(tower, processor, pictures[index], grid))
         embeds = embeds + EMBED_NOISE * torch.randn(embeds.shape, generator=generator, device=device)
@@ -140,8 +148,8 @@ def fit_vision(
             values = ", ".join(f"{name} {value.item():.4f}" for name, value in losses.items())
             log.info("vision tower step %d of %d, grid %d: %s", step + 1, steps, grid, values)
     with torch.no_grad():
-        embeds = heads.normalise(embed(tower.eval(), processor, pictures[:held_out], TARGET_GRID))
-        scores = heads.scores(embeds, pictures[:held_out], labels[TARGET_GRID][:held_out])
+        embeds = heads.normalise(embed(tower.eval(), processor, pictures[:held_out], target))
+        scores = heads.scores(embeds, pictures[:held_out], labels[target][:held_out])
     tower.cpu()
     return scores
 

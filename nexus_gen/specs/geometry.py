@@ -5,16 +5,40 @@ The dataclasses are not frozen because omegaconf takes that for read-only and th
 Legend: a grid is counted in vision patches per side before merging; 2 x 2 patches merge into one token.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 MERGE_SIZE = 2
-TARGET_GRID = 18  # a target image is 18 x 18 patches: 252 px at patch 14
 REFERENCE_GRID = 36  # a reference image of the editing decoder: 504 px at patch 14
-NUM_TARGET_TOKENS = (TARGET_GRID // MERGE_SIZE) ** 2  # 81
-# Rows and columns of merged tokens that a target image of dynamic aspect may have. The published list has 7 x 12 too:
-# 84 tokens, more than the 81 prefill embeddings of the released layout.
-TARGET_GRIDS = ((9, 9), (8, 10), (10, 8), (7, 11), (11, 7), (6, 12), (12, 6))
 NUM_REFERENCE_TOKENS = (REFERENCE_GRID // MERGE_SIZE) ** 2  # 324
+# Of a target image in the released models, and of whatever does not say: an autoregressive model says it by the rows of
+# `image_prefill_embeds`, shards and decoders by their manifests.
+RELEASED_TARGET_TOKENS = 81
+
+
+def target_side(num_target_tokens: int) -> int:
+    """Merged tokens per side of a target image, 9 for 81. Raises ValueError, with the nearest squares, for others."""
+    side = math.isqrt(max(0, num_target_tokens))
+    if side == 0 or side**2 != num_target_tokens:
+        squares = " and ".join(str(near**2) for near in (side, side + 1) if near)
+        raise ValueError(f"a target image of {num_target_tokens} tokens is no square of them; {squares} would do")
+    return side
+
+
+def target_grid(num_target_tokens: int) -> int:
+    """Patches per side of a target image: 18 for 81 tokens, 252 px at patch 14."""
+    return target_side(num_target_tokens) * MERGE_SIZE
+
+
+def target_grids(num_target_tokens: int) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of merged tokens that a target image of dynamic aspect may have, the square first.
+
+    For 81: 9 x 9, 8 x 10, 7 x 11, 6 x 12 and these turned, so up to twice as long as wide. The published list has
+    7 x 12 too: 84 tokens, more than the 81 prefill embeddings of the released layout.
+    """
+    side = target_side(num_target_tokens)
+    longer = [(side - step, side + step) for step in range(1, side // 3 + 1)]
+    return ((side, side), *(turned for grid in longer for turned in (grid, grid[::-1])))
 
 
 @dataclass

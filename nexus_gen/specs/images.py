@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import MERGE_SIZE, TARGET_GRIDS
+from nexus_gen.specs.geometry import MERGE_SIZE, RELEASED_TARGET_TOKENS, target_grids
 
 MAX_ASPECT = 200  # Qwen's processor refuses pictures that are longer and narrower
 
@@ -167,19 +167,20 @@ def context_size(width: int, height: int, patch_size: int, max_pixels: int) -> t
 class PictureSizing:
     """In which size the model sees the pictures of a conversation; sizes are (width, height) in pixels.
 
-    Target pictures are 18 x 18 patches. dynamic_targets: they take the grid of TARGET_GRIDS whose aspect is nearest to
-    theirs. Context pictures keep their aspect within max_pixels. consistent_edit_scale: those before a target picture
-    take the size of the next one.
+    Target pictures are squares of num_target_tokens. dynamic_targets: they take the one of `target_grids` whose aspect
+    is nearest to theirs. Context pictures keep their aspect within max_pixels. consistent_edit_scale: those before a
+    target picture take the size of the next one.
     """
 
     patch_size: int
     max_pixels: int
     dynamic_targets: bool = False
     consistent_edit_scale: bool = False
+    num_target_tokens: int = RELEASED_TARGET_TOKENS
 
     def target_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """The size that a target picture of this size gets."""
-        grids = TARGET_GRIDS if self.dynamic_targets else TARGET_GRIDS[:1]
+        grids = target_grids(self.num_target_tokens)[: None if self.dynamic_targets else 1]
         aspect = math.log(size[0] / size[1])
         rows, columns = min(grids, key=lambda grid: abs(math.log(grid[1] / grid[0]) - aspect))
         unit = MERGE_SIZE * self.patch_size

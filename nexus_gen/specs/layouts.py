@@ -25,7 +25,8 @@ TARGETS = ("released", "diffusers", "nexus-gen")  # what `models convert --to` t
 Shape = tuple[int, ...]
 SWAPPED = "final_norm_out.linear."  # the keys that hold (scale, shift) in diffusers' and in released files
 RELEASED_PREFIX = "pipe.dit."
-ADDED_KEYS = ("vision_head.weight", "image_prefill_embeds.weight")  # what a plain Qwen2.5-VL lacks
+PREFILL_KEY = "image_prefill_embeds.weight"  # one embedding for each token of a target image
+ADDED_KEYS = ("vision_head.weight", PREFILL_KEY)  # what a plain Qwen2.5-VL lacks
 
 
 @dataclass(frozen=True)

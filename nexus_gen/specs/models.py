@@ -9,7 +9,9 @@ import yaml
 
 from nexus_gen.specs.artifact import MANIFEST, Manifest
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import LanguageGeometry, VisionGeometry
+from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, LanguageGeometry, VisionGeometry
+from nexus_gen.specs.shapes import target_tokens
+from nexus_gen.specs.tensor_headers import read_headers
 
 SHIPPED_RUN = Path(__file__).parents[2] / "weights" / "shapes"  # of the checkout
 RELEASED_MAX_PIXELS = 262640  # of a context picture, as the released model was trained
@@ -64,7 +66,8 @@ class ModelPaths:
     """autoregressive: checkpoint directory. max_pixels, consistent_edit_scale: how it was trained to see pictures.
 
     decoder_kind, decoder, flux: None for a command that paints nothing.
-    details: the decoder's `transformer`, `vae`, `image_size`, `embed_dim` and `sampling` defaults.
+    details: the decoder's `transformer`, `vae`, `image_size`, `embed_dim`, `sampling` defaults and, unless that is 81,
+    `num_target_tokens`.
     """
 
     autoregressive: Path
@@ -106,6 +109,13 @@ class ModelPaths:
         if (where / MANIFEST).is_file():
             details = Manifest.load(where).require(decoder, where).details
             where = where / DECODER_FILES[decoder]
+        made = target_tokens_of(autoregressive) or RELEASED_TARGET_TOKENS
+        painted = details.get("num_target_tokens", RELEASED_TARGET_TOKENS)
+        if made != painted:
+            raise UserError(
+                f"{autoregressive} makes pictures of {made} tokens and {where} paints from {painted}; give the "
+                "language model and the decoder of one run"
+            )
         flux = flux or flux_of(run, decoder)
         if not flux.is_dir():
             raise UserError(
@@ -139,6 +149,16 @@ def results_of(run: Path) -> Path:
 
 def runs_dir() -> Path:
     return Path(os.environ.get("NEXUS_GEN_RUNS", "runs"))
+
+
+def target_tokens_of(autoregressive: Path) -> int | None:
+    """How many tokens a target image has in a checkpoint directory, by the headers of its files; no torch.
+
+    None where there is nothing that says so: a plain Qwen2.5-VL, or no weights. Raises UserError for damaged files.
+    """
+    if not any(autoregressive.glob("*.safetensors")):
+        return None
+    return target_tokens({key: header.shape for key, (_, header) in read_headers(autoregressive).items()})
 
 
 def trained_details(autoregressive: Path) -> dict[str, Any]:

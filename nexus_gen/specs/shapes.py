@@ -6,6 +6,7 @@ leave no trace in them.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import (
     MERGE_SIZE,
-    NUM_TARGET_TOKENS,
+    RELEASED_TARGET_TOKENS,
     FluxGeometry,
     LanguageGeometry,
     ProjectorGeometry,
@@ -23,6 +24,7 @@ from nexus_gen.specs.geometry import (
 )
 from nexus_gen.specs.layouts import (
     ADDED_KEYS,
+    PREFILL_KEY,
     RELEASED_PREFIX,
     Kind,
     Layout,
@@ -157,7 +159,9 @@ def language_layer(name: str, geometry: LanguageGeometry | ProjectorGeometry) ->
     return shapes | {f"{name}.{place}_layernorm.weight": (width,) for place in ("input", "post_attention")}
 
 
-def autoregressive_shapes(vision: VisionGeometry, language: LanguageGeometry) -> Shapes:
+def autoregressive_shapes(
+    vision: VisionGeometry, language: LanguageGeometry, num_target_tokens: int = RELEASED_TARGET_TOKENS
+) -> Shapes:
     """Of the autoregressive model; a plain Qwen2.5-VL lacks ADDED_KEYS."""
     width, tower = language.hidden_size, vision.hidden_size
     patch = (PATCH_CHANNELS, TEMPORAL_PATCH, vision.patch_size, vision.patch_size)
@@ -176,7 +180,7 @@ def autoregressive_shapes(vision: VisionGeometry, language: LanguageGeometry) ->
     for index in range(language.num_layers):
         shapes |= language_layer(f"model.language_model.layers.{index}", language)
     shapes |= {"model.language_model.norm.weight": (width,), "lm_head.weight": (language.vocab_size, width)}
-    return shapes | dict(zip(ADDED_KEYS, ((width, width), (NUM_TARGET_TOKENS, width)), strict=True))
+    return shapes | dict(zip(ADDED_KEYS, ((width, width), (num_target_tokens, width)), strict=True))
 
 
 # ---- geometry from shapes -------------------------------------------------------------------------------------------
@@ -272,7 +276,8 @@ def measure(
         if config is None:
             raise KeyError("config.json")
         vision, language = autoregressive_geometry(config)
-        shapes = autoregressive_shapes(vision, language)
+        num_target_tokens = target_tokens(file)
+        shapes = autoregressive_shapes(vision, language, num_target_tokens or RELEASED_TARGET_TOKENS)
         sources = autoregressive_sources(shapes, layout)
         # A plain Qwen2.5-VL is whole without the two, and a tied one without a head.
         optional = set() if any(key in file for key in ADDED_KEYS) else set(ADDED_KEYS)
@@ -280,7 +285,10 @@ def measure(
             optional.add("lm_head.weight")
         shapes = {key: shape for key, shape in shapes.items() if key not in optional}
         sources = {key: sources[key] for key in shapes}
-        return {"vision": vars(vision), "language": vars(language)}, shapes, sources
+        geometry: dict[str, Any] = {"vision": vars(vision), "language": vars(language)}
+        if num_target_tokens is not None:
+            geometry["target"] = {"tokens": num_target_tokens}
+        return geometry, shapes, sources
     if kind == "vae":
         vae = vae_geometry(file, layout)
         shapes = vae_shapes(vae)
@@ -306,6 +314,15 @@ def measure(
         merger = {"hidden_size": hidden, "intermediate_size": inner}
         geometry = {"transformer": known_of(flux), "embed_dim": hidden, "projector": merger}
     return geometry, shapes, decoder_sources(shapes, layout)
+
+
+def target_tokens(file: Mapping[str, Shape]) -> int | None:
+    """How many tokens a target image of an autoregressive model has: one for each of its prefill embeddings.
+
+    None where the file has none, as a plain Qwen2.5-VL, or as many as make no square, which is a broken file.
+    """
+    rows = file.get(PREFILL_KEY, (0,))[0]
+    return rows if rows and math.isqrt(rows) ** 2 == rows else None
 
 
 def flux_geometry(

@@ -16,7 +16,7 @@ from torch import Tensor
 from nexus_gen.ar_checkpoint import SpecialTokenIds, build_autoregressive
 from nexus_gen.ar_generation import generate_reply
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration
-from nexus_gen.specs.geometry import NUM_TARGET_TOKENS, TARGET_GRIDS, LanguageGeometry, VisionGeometry
+from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, LanguageGeometry, VisionGeometry, target_side
 from nexus_gen.specs.models import RELEASED_LANGUAGE, RELEASED_VISION
 
 CUDA = torch.cuda.is_available()
@@ -40,8 +40,8 @@ def token_by_token(model: NexusGenForConditionalGeneration, input_ids: Tensor) -
         inputs_embeds=embed(torch.cat([input_ids, start], dim=1)), position_ids=positions, use_cache=True
     )
     predicted = [model.vision_head(out.last_hidden_state[:, -1])]
-    for index in range(NUM_TARGET_TOKENS - 1):
-        row, column = divmod(index, TARGET_GRIDS[0][1])
+    for index in range(RELEASED_TARGET_TOKENS - 1):
+        row, column = divmod(index, target_side(RELEASED_TARGET_TOKENS))
         position = length + 1 + torch.tensor([0, row, column], device=device)
         out = model.model(
             inputs_embeds=model.image_prefill_embeds(torch.tensor([[index]], device=device)).expand(batch, -1, -1),
@@ -54,7 +54,7 @@ def token_by_token(model: NexusGenForConditionalGeneration, input_ids: Tensor) -
 
 
 def one_pass(model: NexusGenForConditionalGeneration, input_ids: Tensor) -> Tensor:
-    reply = generate_reply(model, input_ids, max_new_tokens=NUM_TARGET_TOKENS + 2, force_image_first=True)
+    reply = generate_reply(model, input_ids, max_new_tokens=RELEASED_TARGET_TOKENS + 2, force_image_first=True)
     return torch.stack([images[0] for images in reply.image_embeds])
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import NUM_TARGET_TOKENS, TARGET_GRIDS
+from nexus_gen.specs.geometry import target_grids, target_side
 from nexus_gen.specs.images import PictureSizing, context_size, cover_crop, open_image, open_size, squash, to_array
 
 
@@ -104,8 +104,23 @@ def test_targets_take_the_grid_whose_aspect_is_nearest() -> None:
     for size, (columns, rows) in {**expected, (9000, 10): (12, 6)}.items():
         assert dynamic.target_size(size) == (28 * columns, 28 * rows), size
         assert square.target_size(size) == (252, 252)
-    assert all(rows * columns <= NUM_TARGET_TOKENS for rows, columns in TARGET_GRIDS)
-    assert {grid[::-1] for grid in TARGET_GRIDS} == set(TARGET_GRIDS)
+    assert target_grids(81) == ((9, 9), (8, 10), (10, 8), (7, 11), (11, 7), (6, 12), (12, 6))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 25, 49, 81, 324])
+def test_targets_of_any_square_of_tokens(num_tokens: int) -> None:
+    grids = target_grids(num_tokens)
+    assert grids[0] == (target_side(num_tokens),) * 2 and len(set(grids)) == len(grids)
+    assert all(rows * columns <= num_tokens and max(rows, columns) <= 2 * min(rows, columns) for rows, columns in grids)
+    assert {grid[::-1] for grid in grids} == set(grids)
+    sizing = PictureSizing(14, 262640, num_target_tokens=num_tokens)
+    assert sizing.target_size((1000, 300)) == (28 * num_tokens**0.5,) * 2
+
+
+@pytest.mark.parametrize(("num_tokens", "near"), [(80, "64 and 81"), (0, "1"), (-4, "1"), (82, "81 and 100")])
+def test_targets_are_squares(num_tokens: int, near: str) -> None:
+    with pytest.raises(ValueError, match=f"{num_tokens} tokens is no square of them; {near} would do"):
+        target_side(num_tokens)
 
 
 def test_an_edit_is_seen_in_the_scale_of_its_result() -> None:

@@ -36,12 +36,12 @@ from nexus_gen.decoders import build_editing_decoder, build_generation_decoder
 from nexus_gen.flux import FluxTransformer
 from nexus_gen.specs.geometry import (
     NUM_REFERENCE_TOKENS,
-    NUM_TARGET_TOKENS,
-    TARGET_GRID,
+    RELEASED_TARGET_TOKENS,
     FluxGeometry,
     LanguageGeometry,
     ProjectorGeometry,
     VisionGeometry,
+    target_grid,
 )
 from nexus_gen.specs.models import RELEASED, RELEASED_LANGUAGE, RELEASED_VISION
 
@@ -219,7 +219,7 @@ def decoder(run: Run, part: str) -> None:
         "timestep": torch.tensor([500.0], device=run.device),
         "guidance": torch.tensor([3.5], device=run.device),
         "pooled": run.randn(1, run.size.flux.pooled_dim),
-        "target_embeds": run.randn(1, NUM_TARGET_TOKENS, width),
+        "target_embeds": run.randn(1, RELEASED_TARGET_TOKENS, width),
         "source_embeds": run.randn(1, NUM_REFERENCE_TOKENS, width) if editing else None,
     }
     target = run.randn(1, run.size.flux.latent_channels, side, side, seed=2).float()
@@ -243,13 +243,14 @@ def autoregressive(run: Run, part: str) -> None:
     """The language model with its vision tower: a context image, a target image, a reply of one image."""
     size = run.size
     model: Any = run.build(part, lambda: build_autoregressive(size.vision, size.language, size.tokens, seed=0))
-    image = [size.tokens.vision_start, *[size.tokens.image] * NUM_TARGET_TOKENS, size.tokens.vision_end]
+    image = [size.tokens.vision_start, *[size.tokens.image] * RELEASED_TARGET_TOKENS, size.tokens.vision_end]
     prompt = [*image, *range(5, 25)]
     input_ids = torch.tensor([[*prompt, *image, size.tokens.end_of_turn]], device=run.device)
     labels = input_ids.clone()
     labels[:, : len(prompt)] = -100
-    num_patches, values = TARGET_GRID**2, 3 * 2 * size.vision.patch_size**2
-    grid = torch.tensor([[1, TARGET_GRID, TARGET_GRID]] * 2, device=run.device)
+    side = target_grid(RELEASED_TARGET_TOKENS)
+    num_patches, values = side**2, 3 * 2 * size.vision.patch_size**2
+    grid = torch.tensor([[1, side, side]] * 2, device=run.device)
     batch = {
         "input_ids": input_ids,
         "labels": labels,
@@ -262,7 +263,7 @@ def autoregressive(run: Run, part: str) -> None:
         "input_ids": input_ids[:, : len(prompt)],
         "pixel_values": batch["pixel_values"][:num_patches],
         "image_grid_thw": grid[:1],
-        "max_new_tokens": NUM_TARGET_TOKENS + 2,
+        "max_new_tokens": RELEASED_TARGET_TOKENS + 2,
         "force_image_first": True,
     }
     # A model built on a GPU gives other outputs than its reloaded copy, one built on a CPU the same: presumably its
@@ -291,7 +292,7 @@ def flux(run: Run, part: str) -> None:
     inputs = {
         "latents": run.randn(1, run.size.flux.latent_channels, side, side),
         "timestep": torch.tensor([500.0], device=run.device),
-        "context": run.randn(1, NUM_TARGET_TOKENS, run.size.flux.context_dim),
+        "context": run.randn(1, RELEASED_TARGET_TOKENS, run.size.flux.context_dim),
         "pooled": run.randn(1, run.size.flux.pooled_dim),
         "guidance": torch.tensor([3.5], device=run.device),
     }

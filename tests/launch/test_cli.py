@@ -85,6 +85,14 @@ def test_help_and_config_errors_import_no_torch(arguments: list[str]) -> None:
         (["run", "stage=pretrain", "trainer.max_steps=0"], "trainer.max_steps 0; one of them says how long to train"),
         (["run", "stage=pretrain", "data=messages"], "needs data.train=..."),
         (["run", "stage=pretrain", "data.quarantine=a.jsonl"], "data.quarantine takes a list: data.quarantine=[A,B]"),
+        (
+            ["run", "stage=pretrain", "model.num_target_tokens=80"],
+            "model.num_target_tokens: a target image of 80 tokens is no square of them; 64 and 81 would do",
+        ),
+        (
+            ["run", "stage=embed_generation", "model.num_target_tokens=49"],
+            "model.num_target_tokens has no effect on stage=embed_generation",
+        ),
         (["run", "stage=pretrain", "from=embed_generation"], "from=... goes with pipeline=..."),
         (["run", "pipeline=tiny", "from=embed"], "from=embed is not a stage of pipeline=tiny"),
         (["run", "pipeline=tiny", "trainer.max_step=3"], "no stage of pipeline=tiny has the key 'trainer.max_step'"),

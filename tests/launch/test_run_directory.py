@@ -10,7 +10,7 @@ from launch.compose import Override, compose_stage
 from nexus_gen.specs.artifact import Manifest, seal
 from nexus_gen.specs.errors import UserError
 from train.schemas import run_directory
-from train.schemas.run_directory import identity, load_config, made_by, request_another
+from train.schemas.run_directory import identity, load_config, made_by, request_another, with_added
 from train.schemas.stages import StageConfig
 
 
@@ -55,6 +55,27 @@ def test_a_mixture_changes_with_the_files_that_it_names(runs: Path) -> None:
 def runs(tmp_path: Path) -> Path:
     (tmp_path / "rows.jsonl").write_text("one\n")
     return tmp_path
+
+
+def test_what_an_earlier_version_made_is_unchanged_by_keys_that_it_lacked(runs: Path) -> None:
+    def forget_the_key(recorded: Path) -> None:
+        values = json.loads(recorded.read_text(encoding="utf-8"))
+        del values["config"]["model"]["num_target_tokens"]
+        recorded.write_text(json.dumps(values), encoding="utf-8")
+
+    config = stage(runs)
+    checkpoint = attempt(config)
+    forget_the_key(config.run_dir / "checkpoints" / "identity.json")
+    prepare(config)
+    assert checkpoint.exists()
+    finish(config)
+    forget_the_key(config.artifact_dir / "manifest.json")
+    assert unchanged(config) and not unchanged(stage(runs, "model.num_target_tokens=49"))
+
+
+def test_a_section_of_an_earlier_version_may_be_empty() -> None:
+    completed = with_added({"model": {}, "data": None}, {"model.num_target_tokens", "data.token_budget"})
+    assert completed == {"model": {"num_target_tokens": 81}, "data": None}
 
 
 def test_checkpoints_of_an_unfinished_try_are_kept(runs: Path) -> None:

@@ -18,15 +18,17 @@ from nexus_gen.ar_checkpoint import (
     save_autoregressive,
 )
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration
+from nexus_gen.inspection import inspect
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import LanguageGeometry, VisionGeometry
 from nexus_gen.specs.layouts import ADDED_KEYS
+from nexus_gen.specs.models import target_tokens_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ar"
 TOKENS = SpecialTokenIds(image=90, video=91, vision_start=92, vision_end=93, end_of_turn=94, padding=95)
 
 
-def tiny(width: int, seed: int = 0) -> NexusGenForConditionalGeneration:
+def tiny(width: int, seed: int = 0, num_target_tokens: int = 81) -> NexusGenForConditionalGeneration:
     vision = VisionGeometry(
         patch_size=4,
         hidden_size=16,
@@ -47,7 +49,7 @@ def tiny(width: int, seed: int = 0) -> NexusGenForConditionalGeneration:
         rope_theta=1e6,
         rms_norm_eps=1e-6,
     )
-    return build_autoregressive(vision, language, TOKENS, seed=seed)
+    return build_autoregressive(vision, language, TOKENS, seed=seed, num_target_tokens=num_target_tokens)
 
 
 @pytest.fixture
@@ -103,6 +105,25 @@ def test_a_plain_qwen_checkpoint_gets_the_two_tensors(tmp_path: Path) -> None:
     for key in ADDED_KEYS:
         assert torch.equal(first[key], again[key]) and not torch.equal(first[key], other[key])
         assert first[key].std().item() == pytest.approx(0.02, rel=0.05)  # 6400 draws: sigma of the estimate is 0.9%
+
+
+def test_the_number_of_target_tokens_is_the_checkpoints_own(tmp_path: Path) -> None:
+    model = tiny(32, num_target_tokens=25)
+    save_autoregressive(model, tmp_path / "own")
+    save_autoregressive(model, tmp_path / "plain", as_qwen=True)
+    assert target_tokens_of(tmp_path / "own") == 25 and target_tokens_of(tmp_path / "plain") is None
+    own = load_autoregressive(tmp_path / "own", dtype=torch.float32, num_target_tokens=49)
+    assert own.num_target_tokens == 25
+    assert torch.equal(own.image_prefill_embeds.weight, model.image_prefill_embeds.weight)
+    assert load_autoregressive(tmp_path / "plain", num_target_tokens=49).num_target_tokens == 49
+    assert load_autoregressive(tmp_path / "plain").num_target_tokens == 81
+    assert "target.tokens 25 (released: 81)" in inspect(tmp_path / "own").unlike_released
+
+
+def test_prefill_embeddings_that_make_no_square_are_named(copy: Path) -> None:
+    edit_weights(copy, cut="image_prefill_embeds.weight")
+    with pytest.raises(UserError, match=r"image_prefill_embeds.weight is \(80, 64\) instead of \(81, 64\)"):
+        load_autoregressive(copy)
 
 
 def test_what_a_model_takes_at_targets_is_in_its_config(tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ def test_projector_looks_both_ways_and_does_without_a_reference():
     assert alone.shape == (2, 81, CONTEXT_DIM)
     assert not torch.allclose(alone, context[:, :81])
     with pytest.raises(ValueError, match="80 embeddings do not fill the grids"):
+        projector(target[:, :80], target_grid=TARGET)
+    with pytest.raises(ValueError, match="80 tokens is no square"):
         projector(target[:, :80])
 
 

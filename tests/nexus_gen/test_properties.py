@@ -11,7 +11,7 @@ from tiny_decoders import FLUXES, randomised
 from torch import Tensor
 
 from nexus_gen.ar_checkpoint import SpecialTokenIds, build_autoregressive
-from nexus_gen.ar_generation import generate_reply
+from nexus_gen.ar_generation import generate_reply, generated_embeddings, teacher_forced_embeddings
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration
 from nexus_gen.conditioning import REFERENCE, TARGET, EditingProjector
 from nexus_gen.decoders import build_editing_decoder, build_generation_decoder
@@ -189,6 +189,36 @@ def test_one_pass_equals_one_by_one_at_other_geometries(model: NexusGenForCondit
             assert_near(made, expected)
 
 
+@pytest.mark.parametrize(("num_tokens", "grid"), [(25, (5, 5)), (49, (5, 9)), (121, (11, 11))])
+@torch.no_grad()
+def test_images_of_other_numbers_of_tokens_are_what_training_predicts(num_tokens: int, grid: tuple[int, int]) -> None:
+    model = build_autoregressive(*GEOMETRIES[0], TOKENS, seed=3, num_target_tokens=num_tokens).eval()
+    prompt = torch.arange(6)[None]
+    reply = generate_reply(
+        model,
+        prompt,
+        max_new_tokens=num_tokens + 4,
+        force_image_first=True,
+        positions_after_image="trained",
+        target_grid=grid,
+    )
+    assert reply.image_embeds[0][0].shape == (grid[0] * grid[1], 48)
+    values = 3 * 2 * model.config.vision_config.patch_size**2
+    batch = {
+        "input_ids": reply.sequences,
+        "labels": reply.sequences.masked_fill(torch.arange(reply.sequences.shape[1]) < 6, -100),
+        "pixel_values": torch.randn(4 * grid[0] * grid[1], values),
+        "image_grid_thw": torch.tensor([[1, 2 * grid[0], 2 * grid[1]]]),
+    }
+    trained = model(**batch)
+    assert_near(reply.image_embeds[0][0], trained.predicted_embeds)
+    assert_near(teacher_forced_embeddings(model, batch)[0], trained.predicted_embeds)
+    if grid[0] == grid[1]:
+        assert_near(generated_embeddings(model, batch)[0], trained.predicted_embeds)
+    with pytest.raises(ValueError, match=r"target_grid \(9, 9\) is none of"):
+        generate_reply(model, prompt, max_new_tokens=5, target_grid=(9, 9))
+
+
 # ---- decoders
 
 
@@ -249,6 +279,23 @@ def test_the_projector_is_its_definition(geometry: ProjectorGeometry, grids: tup
     x = rms(down(x), last.weight, geometry.rms_norm_eps)
     given = {"target_grid": grids[0], **({"reference_grid": grids[1]} if grids[1] else {})}
     assert_near(projector(*inputs, **given), x)
+
+
+@torch.no_grad()
+def test_an_editing_decoder_places_any_square_of_target_tokens() -> None:
+    """By the grid that their number makes, in the projector and in the transformer."""
+    flux = FLUXES[0]
+    model = build_editing_decoder(flux, ProjectorGeometry(48, 80, 6, 3, [2, 1, 1], 1e6, 1e-6))
+    seen: dict[str, Tensor] = {}
+    model.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    latents, inputs = torch.randn(1, flux.latent_channels, 8, 8), (torch.ones(1), torch.zeros(1, flux.pooled_dim))
+    target, source = torch.randn(1, 49, 48), torch.randn(1, 324, 48)
+    model(latents, torch.tensor([9.0]), *inputs, target, source)
+    places = [[0.0, row * 8 / 14, column * 8 / 14] for row in range(7) for column in range(7)]
+    assert_near(seen["text_ids"][0, :49], torch.tensor(places))
+    assert_near(seen["context"], model.embedding_merger(target, source, target_grid=(14, 14)))
+    with pytest.raises(ValueError, match="50 tokens is no square"):
+        model(latents, torch.tensor([9.0]), *inputs, torch.randn(1, 50, 48))
 
 
 @pytest.mark.parametrize("flux", FLUXES)

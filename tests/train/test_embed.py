@@ -18,6 +18,7 @@ from data.doctor import main as check
 from data.loader import ShardLoader
 from data.shards import index_shard, read_sample
 from data.shards_commands import main
+from nexus_gen.ar_checkpoint import load_autoregressive, save_autoregressive
 from nexus_gen.specs.artifact import Manifest, verify
 from train.schemas.stages import EmbedStageConfig
 
@@ -213,6 +214,24 @@ def test_bad_pictures_are_named_counted_and_stop_the_stage_past_the_rate(changed
     ranks[0].join(120)
     log = (strict.run_dir / "log" / "rank_0").read_text(encoding="utf-8")
     assert ranks[0].exitcode == 1 and "1 rows could not be embedded, more than the 0.2" in log
+
+
+@pytest.mark.parametrize("task", ["generation", "editing"])
+def test_pictures_become_as_many_tokens_as_the_checkpoint_makes(
+    task: str, inputs: Path, data: Path, tmp_path: Path
+) -> None:
+    model = load_autoregressive(inputs / "qwen", dtype=torch.float32, num_target_tokens=25)
+    save_autoregressive(model, tmp_path / "qwen", processor_from=inputs / "qwen")
+    predicted = {"predicted": True} if task == "generation" else {}
+    checkpoint = str(tmp_path / "qwen")
+    stage = runs.config(inputs, data / task, tmp_path, f"embed_{task}", autoregressive=checkpoint, **predicted)
+    runs.run(stage)
+    details = verify(stage.artifact_dir).details
+    assert details["spec"]["num_target_tokens"] == details["recipe"]["num_target_tokens"] == 25
+    path = stage.artifact_dir / "train" / "000000.tar"
+    sample = read_sample(path, index_shard(path)[0])
+    names = ["target_embeds", "predicted_embeds" if task == "generation" else "source_embeds"]
+    assert [sample[name].shape[0] for name in names] == [25, 25 if task == "generation" else 324]
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("int8", 0.02), ("float8_e4m3fn", 0.04)])

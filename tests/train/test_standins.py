@@ -30,6 +30,7 @@ MODEL = StandinsModelConfig(
     transformer=FluxGeometry(48, 4, 1, 1, 24, 16, [4, 4, 4], 16, 2),
     vae=VaeGeometry([16, 16], 1, 4, 16),
     image_size=SIZE,
+    num_target_tokens=81,
 )
 STANDINS = StandinsConfig(
     vision=VisionGeometry(4, 64, 128, 3, 4, 32, [1]),

@@ -19,7 +19,7 @@ from nexus_gen.autoregressive import IGNORE_INDEX, NexusGenForConditionalGenerat
 from nexus_gen.conversation import encode
 from nexus_gen.specs.artifact import verify
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import NUM_TARGET_TOKENS, TARGET_GRID
+from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, target_grid
 from nexus_gen.specs.images import open_image
 from train.message_stream import MessageStream, Quarantine
 from train.swift_plugin import NAME, NexusGenTemplate
@@ -65,13 +65,14 @@ def swift_row(task: str, rows: Path) -> dict[str, Any]:
     return {"messages": ROWS[task]["messages"], "images": [str(rows.parent / name) for name in ROWS[task]["images"]]}
 
 
+@pytest.mark.parametrize("num_target_tokens", [81, 25])
 @pytest.mark.parametrize("task", ROWS)
-def test_a_row_is_encoded_as_inference_encodes_it(
-    task: str, template: NexusGenTemplate, qwen: Path, rows: Path
-) -> None:
-    processor = load_processor(qwen)
+def test_a_row_is_encoded_as_inference_encodes_it(task: str, num_target_tokens: int, qwen: Path, rows: Path) -> None:
+    processor, template = load_processor(qwen), build_template(qwen)
+    template.num_target_tokens = num_target_tokens
     row = swift_row(task, rows)
-    expected = encode(processor, row["messages"], [open_image(path) for path in row["images"]], MAX_PIXELS)
+    pictures = [open_image(path) for path in row["images"]]
+    expected = encode(processor, row["messages"], pictures, MAX_PIXELS, num_target_tokens=num_target_tokens)
     encoded = template.encode(row)
     assert encoded["input_ids"] == expected["input_ids"].tolist()
     labels = torch.tensor(encoded["labels"])
@@ -92,7 +93,7 @@ def test_replies_and_their_ends_are_the_text_labels(task: str, template: NexusGe
     encoded = template.encode(row)
     labels = torch.tensor(encoded["labels"])
     replies = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
-    markup = "<|vision_start|>" + "<|image_pad|>" * NUM_TARGET_TOKENS + "<|vision_end|>"
+    markup = "<|vision_start|>" + "<|image_pad|>" * RELEASED_TARGET_TOKENS + "<|vision_end|>"
     learned = template.tokenizer.decode(labels[labels != IGNORE_INDEX])
     assert learned == "".join(f"{reply}<|im_end|>\n" for reply in replies).replace("<image>", markup)
     assert torch.equal(labels[labels != IGNORE_INDEX], torch.tensor(encoded["input_ids"])[labels != IGNORE_INDEX])
@@ -100,7 +101,7 @@ def test_replies_and_their_ends_are_the_text_labels(task: str, template: NexusGe
 
 def test_targets_are_squashed_and_context_is_bounded(template: NexusGenTemplate, rows: Path) -> None:
     context, target = template.encode(swift_row("editing", rows))["image_grid_thw"].tolist()
-    assert target == [1, TARGET_GRID, TARGET_GRID]
+    assert target == [1, *[target_grid(RELEASED_TARGET_TOKENS)] * 2]
     assert context[2] > context[1]  # 150 x 61 keeps its aspect
     assert context[1] * context[2] * PATCH_SIZE**2 <= MAX_PIXELS
 

@@ -53,16 +53,19 @@ def rows(directory: Path) -> list[Row]:
 
 @pytest.mark.parametrize("dynamic_targets", [False, True])
 @pytest.mark.parametrize("consistent_edit_scale", [False, True])
+@pytest.mark.parametrize("num_target_tokens", [81, 25])
 def test_lengths_are_those_of_training(
-    dynamic_targets: bool, consistent_edit_scale: bool, qwen: Path, tmp_path: Path
+    num_target_tokens: int, dynamic_targets: bool, consistent_edit_scale: bool, qwen: Path, tmp_path: Path
 ) -> None:
     _, processor = get_model_processor(str(qwen), model_type=NAME, load_model=False)
     template: Any = get_template(processor, template_type=NAME, max_length=10_000, max_pixels=MAX_PIXELS)
     assert isinstance(template, NexusGenTemplate)
     template.set_mode("train")
     template.dynamic_targets, template.consistent_edit_scale = dynamic_targets, consistent_edit_scale
+    template.num_target_tokens = num_target_tokens
     found = rows(tmp_path)
-    checker = RowChecker("header", lengths=TokenLengths(qwen, MAX_PIXELS, dynamic_targets, consistent_edit_scale))
+    options = (dynamic_targets, consistent_edit_scale, num_target_tokens)
+    checker = RowChecker("header", lengths=TokenLengths(qwen, MAX_PIXELS, *options))
     lengths = checker.measure(found, [checker.pictures(row) for row in found])
     image_token = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     for row, length in zip(found, lengths, strict=True):

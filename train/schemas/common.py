@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 from data.mixture import load_mixture
 from data.quarantine import LeftOut, read_left_out
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry
+from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry, target_side
 
 # Marks on a field's type. PATH: made absolute when composed; its content enters fingerprints, its place does not.
 # Of a list, each. RUNTIME: changes how a stage runs and not what it makes; left out of fingerprints.
@@ -177,6 +177,27 @@ class QwenConfig:
 
 
 @dataclass
+class TargetConfig:
+    """num_target_tokens: of a picture that the model makes, a square: 81 as released, seen in 252 px at patch 14.
+
+    A plain Qwen2.5-VL gets as many prefill embeddings; checkpoints, shards and decoders made from it keep the number.
+    """
+
+    num_target_tokens: int
+
+    def check(self) -> None:
+        try:
+            target_side(self.num_target_tokens)
+        except ValueError as error:
+            raise UserError(f"model.num_target_tokens: {error}") from error
+
+
+@dataclass
+class PretrainModelConfig(TargetConfig, QwenConfig):
+    """What pretraining begins with."""
+
+
+@dataclass
 class DiffusionConfig:
     """The painting side. flux: a FLUX.1-dev directory. image_size: pixels per side that the decoders paint."""
 
@@ -244,8 +265,8 @@ class MessagesConfig(RowsConfig):
     so far (a thousand at least); bad rows are quarantined and replaced, and past this rate the run stops.
     num_epochs: passes over the dataset, or epochs of the mixture. token_budget: tokens to train on, of resized pictures
     too and without padding. Each in place of trainer.max_steps; of the three, two are 0. dynamic_targets: target images
-    keep their aspect about, in grids of at most 81 tokens. consistent_edit_scale: pictures of user turns are seen in
-    the size of the target image that follows.
+    keep their aspect about, in grids of at most model.num_target_tokens. consistent_edit_scale: pictures of user turns
+    are seen in the size of the target image that follows.
     """
 
     max_length: int

@@ -23,7 +23,12 @@ QUARANTINE = "quarantine"  # the bad rows that training came across
 IDENTITY = "identity.json"  # beside the checkpoints: the config values and inputs that they belong to
 REQUEST = "from.json"  # in the run: the from=... that is under way
 # Keys that configs of earlier versions lack, with the values that stand for what those versions did.
-ADDED_SINCE: dict[str, Any] = {"data.token_budget": 0, "data.quarantine": [], "shapes.new_names": 0.0}
+ADDED_SINCE: dict[str, Any] = {
+    "data.token_budget": 0,
+    "data.quarantine": [],
+    "shapes.new_names": 0.0,
+    "model.num_target_tokens": 81,
+}
 
 
 def code_version() -> dict[str, Any]:

@@ -17,13 +17,13 @@ from nexus_gen.specs.artifact import Manifest
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import (
     NUM_REFERENCE_TOKENS,
-    NUM_TARGET_TOKENS,
     FluxGeometry,
     LanguageGeometry,
     TextEncoderGeometry,
     VaeGeometry,
     VisionGeometry,
 )
+from nexus_gen.specs.models import target_tokens_of
 from train.schemas.common import (
     RUNTIME,
     AverageConfig,
@@ -35,9 +35,10 @@ from train.schemas.common import (
     ModelConfig,
     OptimConfig,
     PathStr,
-    QwenConfig,
+    PretrainModelConfig,
     RowsConfig,
     SamplesConfig,
+    TargetConfig,
     TrainerConfig,
     TrainRowsConfig,
     one_of,
@@ -126,7 +127,9 @@ class StandinsConfig:
 
 
 @dataclass
-class StandinsModelConfig:
+class StandinsModelConfig(TargetConfig):
+    """num_target_tokens: what the vision tower is fitted to see of a picture, beside a reference's."""
+
     transformer: FluxGeometry
     vae: VaeGeometry
     image_size: int
@@ -139,6 +142,10 @@ class StandinsStageConfig(StageConfig):
     standins: StandinsConfig
 
     kind: ClassVar[str] = "base_models"
+
+    def check(self) -> None:
+        super().check()
+        self.model.check()
 
     def inputs(self) -> dict[str, Path]:
         return message_inputs(self.data)
@@ -171,7 +178,7 @@ class FreezeConfig:
 
 @dataclass
 class PretrainConfig(StageConfig):
-    model: QwenConfig
+    model: PretrainModelConfig
     data: MessagesConfig
     objective: PretrainObjective
     freeze: FreezeConfig
@@ -186,6 +193,7 @@ class PretrainConfig(StageConfig):
 
     def check(self) -> None:
         super().check()
+        self.model.check()
         self.optim.check()
         lengths = (self.data.num_epochs, self.data.token_budget, self.trainer.max_steps)
         if min(lengths) < 0 or sum(length > 0 for length in lengths) != 1:
@@ -222,6 +230,12 @@ class PretrainConfig(StageConfig):
     def preflight(self) -> None:
         super().preflight()
         require_checkpoint("model.qwen", self.model.qwen)
+        own, wanted = target_tokens_of(Path(self.model.qwen)), self.model.num_target_tokens
+        if own is not None and own != wanted:
+            raise UserError(
+                f"model.num_target_tokens is {wanted} and model.qwen {self.model.qwen} makes pictures of {own} tokens; "
+                f"give model.num_target_tokens={own}, or begin with a plain Qwen2.5-VL"
+            )
         left_out = checked_quarantine(self, self.data)
         check_dataset(self.data.train, self.data.max_bad_fraction, left_out)
         check_dataset(self.data.heldout, left_out=left_out)
@@ -381,7 +395,7 @@ class DecoderObjective:
 
 @dataclass
 class EditingObjective(DecoderObjective):
-    """reference: whether the decoder sees the source's 324 tokens, or the target's 81 alone.
+    """reference: whether the decoder sees the source's 324 tokens, or the target's alone.
 
     round_positions: hold token positions in the training dtype, as the published code does; false keeps float32.
     """
@@ -467,7 +481,6 @@ class DecoderConfig(StageConfig):
         side = self.model.image_size // self.model.vae.downscale
         ShardSpec.load(manifest).require(
             self.shards,
-            num_target_tokens=NUM_TARGET_TOKENS,
             num_reference_tokens=self.num_reference_tokens,
             latent_shape=[self.model.vae.latent_channels, side, side],
         )
