@@ -11,9 +11,10 @@ from typing import Any
 import psutil
 import pytest
 from PIL import Image
-from runs import NEXUS_GEN, losses, nexus_gen, succeed, wait_for
+from runs import NEXUS_GEN, STEPS, losses, nexus_gen, succeed, wait_for
 
 from nexus_gen.specs.artifact import Manifest
+from train.ablation import run_facts
 
 pytestmark = pytest.mark.slow
 SMALLEST = (
@@ -33,7 +34,7 @@ class Trained:
     printed: str
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # the tests of this file do not all follow one another
 def trained(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     output = tmp_path_factory.mktemp("ablations")
     command = ["ablate", "reference", "--run", tiny_run, "--output", output, "--jobs", "2", *SMALLEST]
@@ -117,6 +118,13 @@ def test_what_an_arm_cannot_train_on_is_told_before_any_arm_starts(tiny_run: Pat
     assert ended.returncode == 2
     assert "hold true embeddings only" in ended.stderr and len(ended.stderr.strip().splitlines()) == 1
     assert not any(tmp_path.iterdir())
+
+
+def test_what_earlier_stages_logged_is_compared_too(tiny_run: Path) -> None:
+    facts = run_facts(tiny_run, ["pretrain", "embed_generation", "generation_decoder"])
+    assert facts["final"]["pretrain.heldout/text_loss"] > 0 and facts["final"]["heldout/loss"] > 0
+    assert [step for step, _ in facts["heldout"]["pretrain.heldout/text_loss"]] == [4, STEPS]
+    assert facts["steps"] == STEPS and len(facts["lineage"]) == 3
 
 
 def test_a_metric_that_an_arm_lacks_is_left_out_and_named(tmp_path: Path) -> None:

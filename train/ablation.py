@@ -25,8 +25,8 @@ LOG_SCALE_FROM = 5.0  # largest over smallest value of a plot
 def collect(directory: Path) -> dict[str, Any]:
     """The result of an ablation: its plan with, for each arm and seed, what the arm's run recorded.
 
-    seconds of all starts of all stages; steps and per-step held-out metrics of the last stage; of every stage's
-    artifact its fingerprint, its inputs' and the commit.
+    seconds of all starts of all stages; steps of the last stage; per-step held-out metrics, those of earlier stages
+    under `STAGE.name`; of every stage's artifact its fingerprint, its inputs' and the commit.
     """
     plan = json.loads((directory / PLAN).read_text(encoding="utf-8"))
     for arm in plan["arms"].values():
@@ -38,10 +38,12 @@ def run_facts(run: Path, stages: list[str]) -> dict[str, Any]:
     """Of one arm under one seed."""
     rows = {row.name: row for row in stage_rows(run)}
     curves: dict[str, Points] = {}
-    for line in read_metrics(run / stages[-1]):
-        for name, value in line.items():
-            if name.startswith("heldout/"):
-                curves.setdefault(name, []).append([line["step"], float(f"{value:.6g}")])
+    for stage in stages:
+        prefix = "" if stage == stages[-1] else f"{stage}."
+        for line in read_metrics(run / stage):
+            for name, value in line.items():
+                if name.startswith("heldout/"):
+                    curves.setdefault(prefix + name, []).append([line["step"], float(f"{value:.6g}")])
     manifests = {stage: Manifest.load(run / stage / "artifact") for stage in stages}
     return {
         "seconds": round(sum(rows[stage].seconds for stage in stages), 1),

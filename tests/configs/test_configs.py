@@ -61,7 +61,9 @@ def test_pipeline_composes_and_validates(path: Path) -> None:
 @pytest.mark.parametrize("name", ablate.FILES)
 def test_arms_compose_validate_and_differ(name: str, tmp_path: Path) -> None:
     arms = ablate.compose_arms(name, tmp_path / "run", tmp_path, [42, 43], [Override.parse("launch.device=cpu")])
-    assert len({arm.directory for arm in arms}) == len(arms) == 2 * len(ablate.load(name, tmp_path).arms)
+    ablation = ablate.load(name, tmp_path)
+    assert len({arm.directory for arm in arms}) == len(arms) == 2 * len(ablation.arms)
+    assert {metric.rpartition(".")[0] for metric in ablation.metrics} <= {"", *ablation.stages[:-1]}
     first = [[fingerprint_values(config) for config in arm.configs] for arm in arms if arm.seed == 42]
     assert all(one != other for place, one in enumerate(first) for other in first[:place])
     for arm in arms:

@@ -9,8 +9,8 @@ PLAN = "ablation.json"  # the arms that are finished, for `nexus-gen ablate plot
 class Ablation:
     """stages: what each arm runs, in order. experiments: stage -> file of configs/experiment/. overrides: of all arms.
 
-    arms: name -> the overrides in which it differs. metrics: what the last stage logs and the arms are compared by ->
-    what that is. run: the directory of the run that overrides mean by ${run}.
+    arms: name -> the overrides in which it differs. metrics: what the last stage logs and the arms are compared by, or
+    `STAGE.name` of an earlier one -> what that is. run: the directory of the run that overrides mean by ${run}.
     """
 
     question: str
