@@ -8,10 +8,9 @@ ask whether a stage has anything to do.
 import hashlib
 import json
 import logging
-import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,8 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from data.memory import file_facts, remembered, settled
 from data.messages import RowError
-from data.mixture import Place, read_places
+from data.mixture import Place, load_mixture, read_places
 from data.quarantine import LeftOut
 from data.shards import Listing, checksum, index_shard, read_member
 from nexus_gen.specs.artifact import digest, write_text_atomic
@@ -31,10 +31,13 @@ from nexus_gen.specs.prompts import IMAGE_TAG
 log = logging.getLogger(__name__)
 
 HASHES = "picture_hashes.jsonl"
+ROWS = "rows_{split}.jsonl"  # what was read of a split
+READING = 1  # raise it when `_read` says something else of the same rows
 UNREADABLE = ""  # the hash of a picture that cannot be read; embedding its row says why
 ROWS_AT_ONCE = 256  # in memory, with the pictures that some formats keep in their rows
 HASHING_THREADS = 8  # hashing releases the interpreter's lock; reading waits for disks
-SETTLED_NS = 2_000_000_000  # a file changed so shortly before it was hashed may change again without a new time
+
+PicturePlace = str | list[Any]  # a path; a tar with offset and size; or the hash alone of one that came with its row
 
 
 class PictureHashes:
@@ -49,21 +52,19 @@ class PictureHashes:
             name, facts, sha256 = json.loads(line)
             self._known[name] = (facts, sha256)
 
-    def of(self, picture: StoredImage) -> str:
+    def of(self, place: PicturePlace) -> str:
         """The hash of a picture's file, UNREADABLE where it cannot be read. Threads may ask at once."""
         try:
-            if isinstance(picture, EncodedImage):
-                return hash_picture(picture)
-            member = [picture.offset, picture.size] if isinstance(picture, ImageMember) else []
-            file = picture.tar if isinstance(picture, ImageMember) else picture
+            file, *member = [place] if isinstance(place, str) else place
+            if isinstance(place, list) and not member:
+                return file
             name = ":".join(map(str, [file, *member]))
-            stat = os.stat(file)
-            facts = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-            remembered, sha256 = self._known.get(name, ([], ""))
-            if facts != remembered:
+            facts = file_facts(file)
+            known, sha256 = self._known.get(name, ([], ""))
+            if facts != known:
                 now = time.time_ns()
-                sha256 = hash_picture(picture)
-                if now - max(facts[1:]) < SETTLED_NS:
+                sha256 = hash_picture(ImageMember(name, Path(file), *member) if member else Path(file))
+                if not settled(facts, now):
                     return sha256
             self._used[name] = (facts, sha256)
             return sha256
@@ -148,37 +149,30 @@ class SplitRows:
 
     @staticmethod
     def read(
-        split: str, path: Path, task: str, all_pictures: bool, hashes: PictureHashes, left_out: LeftOut
+        split: str, path: Path, task: str, all_pictures: bool, hashes: PictureHashes, left_out: LeftOut, memory: Path
     ) -> "SplitRows":
-        """all_pictures: every picture of a row enters its embeddings; else its last one alone."""
+        """all_pictures: every picture of a row enters its embeddings; else its last one alone.
+
+        memory: a file for what was read, so that a dataset that did not change is parsed only once. Its pictures are
+        looked at each time.
+        """
         rows: list[RowFacts] = []
         unusable = []
-
-        def set_aside(where: str, row_id: str, reason: str) -> None:
-            unusable.append({"where": where, "id": row_id, "reason": reason})
-
-        read = (
-            (place, row, reason)
-            for place, row, reason in read_places(path, left_out)
-            if isinstance(row, RowError) or row.task == task
+        files = list(dict.fromkeys([path, *load_mixture(path).files]))
+        out = sorted((str(file), sorted(reasons.items())) for file, reasons in left_out.rows.items())
+        found = remembered(
+            memory, [READING, task, all_pictures, out], files, lambda: _read(path, task, all_pictures, left_out)
         )
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            while group := list(islice(read, ROWS_AT_ONCE)):
-                entering = [[] if isinstance(row, RowError) or reason else row.images for _, row, reason in group]
-                hashed = pool.map(
-                    lambda pictures: [hashes.of(picture) for picture in pictures[0 if all_pictures else -1 :]], entering
-                )
-                for (place, row, reason), pictures in zip(group, hashed, strict=True):
-                    where = row.where.removeprefix(f"{path.parent}/")
+            while group := list(islice(found, ROWS_AT_ONCE)):
+                hashed = pool.map(lambda row: [hashes.of(picture) for picture in row[-1]], group)
+                for (place, where, row_id, source, caption, words, reason, _), pictures in zip(
+                    group, hashed, strict=True
+                ):
                     if reason:
-                        set_aside(where, "" if isinstance(row, RowError) else row.id, reason)
-                    elif isinstance(row, RowError):
-                        set_aside(where, "", row.problem)
-                    elif row.messages[-1]["content"].count(IMAGE_TAG) != 1:
-                        set_aside(where, row.id, "its last reply does not hold exactly one picture")
+                        unusable.append({"where": where, "id": row_id, "reason": reason})
                     else:
-                        caption, words = row.messages[-2]["content"], digest(row.messages)
-                        rows.append(RowFacts(place, where, row.id, row.source, caption, pictures, words))
+                        rows.append(RowFacts(tuple(place), where, row_id, source, caption, pictures, words))
         return SplitRows(split, rows, unusable)
 
     @property
@@ -205,6 +199,26 @@ class SplitRows:
             PlannedShard(self.split, first // samples_per_shard, samples[first : first + samples_per_shard])
             for first in range(0, len(samples), samples_per_shard)
         ]
+
+
+def _read(path: Path, task: str, all_pictures: bool, left_out: LeftOut) -> Iterator[list[Any]]:
+    """Of every row of the task: place, where, id, source, caption, hash of its words, why it is unusable, pictures."""
+    for place, row, reason in read_places(path, left_out):
+        where = row.where.removeprefix(f"{path.parent}/")
+        if isinstance(row, RowError):
+            yield [place, where, "", "", "", "", reason or row.problem, []]
+        elif row.task == task:
+            if not reason and row.messages[-1]["content"].count(IMAGE_TAG) != 1:
+                reason = "its last reply does not hold exactly one picture"
+            caption, words = row.messages[-2]["content"], digest(row.messages)
+            pictures = [] if reason else row.images[0 if all_pictures else -1 :]
+            yield [place, where, row.id, row.source, caption, words, reason, [*map(_place_of, pictures)]]
+
+
+def _place_of(picture: StoredImage) -> PicturePlace:
+    if isinstance(picture, EncodedImage):
+        return [hash_picture(picture)]
+    return [str(picture.tar), picture.offset, picture.size] if isinstance(picture, ImageMember) else str(picture)
 
 
 def address(recipe: dict[str, Any], pictures: list[str], words: str) -> str:

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
@@ -20,7 +20,7 @@ from nexus_gen.specs.errors import UserError
 from train.schemas.common import LaunchConfig
 from train.schemas.failures import STOPPED, first_failure
 from train.schemas.run_directory import code_version
-from train.schemas.stages import StageConfig
+from train.schemas.stages import StageConfig, read_ahead
 
 SHUTDOWN_TIMEOUT_S = 900  # a scheduler's SIGTERM goes through torchrun; a full-size checkpoint takes minutes
 
@@ -122,7 +122,7 @@ class Processes:
         """Whether they are there still, with the code of now."""
         return self.torchrun.poll() is None and self._code == code_version()
 
-    def run(self, lock: Lock) -> int:
+    def run(self, lock: Lock, meanwhile: Callable[[], None]) -> int:
         """Have them run the stage and wait for it; returns their exit status, STOPPED after a signal.
 
         An interrupt, a SIGTERM or a hang-up of the terminal reaches the workers as SIGTERM: they write a checkpoint and
@@ -143,6 +143,7 @@ class Processes:
             with contextlib.suppress(BrokenPipeError):  # they have ended; torchrun says why
                 for _ in range(self._num_workers):
                     socket.send_fds(self._word, [b"."], [lock.file])
+            meanwhile()
             status = self.torchrun.wait()
             return STOPPED if status == -signal.SIGTERM else status
         finally:
@@ -159,6 +160,7 @@ class Crew:
     """The processes of stages that run one after the other: while one runs, those of the next import what it needs.
 
     That takes them many seconds. Only on this machine alone: several would meet at the address where they still are.
+    This process reads the next stage's rows meanwhile.
     """
 
     def __init__(self, configs: Sequence[StageConfig]) -> None:
@@ -184,7 +186,7 @@ class Crew:
         following = self._following.get(config.stage)
         if following is not None and following.launch.kind == "local":
             self._ahead[following.stage] = Processes(following)
-        return processes.run(lock)
+        return processes.run(lock, lambda: read_ahead(following) if following is not None else None)
 
 
 def submit(launch: LaunchConfig, config_path: Path) -> int:

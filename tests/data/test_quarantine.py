@@ -126,7 +126,7 @@ def test_embedding_sets_them_aside_with_their_reason(dataset: Path, tmp_path: Pa
     }
     path = write(tmp_path / "paint.jsonl", painted, text(1), "{")
     out = left_out(check(path, quarantine=tmp_path / "q.jsonl"), path)
-    rows = SplitRows.read("train", path, "generation", False, PictureHashes(tmp_path / "hashes"), out)
+    rows = SplitRows.read("train", path, "generation", False, PictureHashes(tmp_path / "hashes"), out, tmp_path / "m")
     assert not rows.rows and [entry["id"] for entry in rows.unusable] == ["p", ""]
     assert "no.png does not exist" in rows.unusable[0]["reason"] and "not JSON" in rows.unusable[1]["reason"]
 

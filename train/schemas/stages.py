@@ -1,5 +1,6 @@
 """The whole resolved config of each stage, and the checks that need no model: run before any process starts."""
 
+import contextlib
 import json
 import logging
 import math
@@ -8,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from data.embedding_plan import HASHES, PictureHashes, SplitRows
+from data.embedding_plan import HASHES, ROWS, PictureHashes, SplitRows
 from data.mixture import check_dataset, load_mixture
 from data.quarantine import LeftOut
 from data.shapes import ShapesConfig
@@ -315,7 +316,13 @@ class EmbedStageConfig(StageConfig):
         hashes, left_out = PictureHashes(self.run_dir / HASHES), self.data.left_out()
         splits = [
             SplitRows.read(
-                split, Path(getattr(self.data, split)), self.task, self.reads_conversations, hashes, left_out
+                split,
+                Path(getattr(self.data, split)),
+                self.task,
+                self.reads_conversations,
+                hashes,
+                left_out,
+                self.run_dir / ROWS.format(split=split),
             )
             for split in self.data.splits
         ]
@@ -559,6 +566,20 @@ def checked_quarantine(config: StageConfig, data: RowsConfig) -> LeftOut:
     for file, count in left_out.elsewhere.items():
         log.warning("data.quarantine names %s, which is in neither data.train nor data.heldout (rows: %d)", file, count)
     return left_out
+
+
+def read_ahead(config: StageConfig) -> None:
+    """Read what takes long and is remembered: the rows of a stage, while an earlier stage runs.
+
+    What is missing yet, or wrong, is told when the stage's turn comes.
+    """
+    data: Any = getattr(config, "data", None)
+    with contextlib.suppress(UserError, OSError):
+        if isinstance(data, TrainRowsConfig):
+            for split in data.splits:
+                check_dataset(getattr(data, split), getattr(data, "max_bad_fraction", 0.0), data.left_out())
+        if isinstance(config, EmbedStageConfig):
+            config.read_splits()
 
 
 def require_checkpoint(key: str, directory: str | os.PathLike[str]) -> dict[str, Any]:

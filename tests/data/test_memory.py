@@ -1,0 +1,36 @@
+"""What was read of a dataset is there again until one of its files, or what is asked, changes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data.memory import remembered
+
+
+def test_values_are_read_again_only_when_files_or_key_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, memory, readings = tmp_path / "rows", tmp_path / "memory", []
+
+    def read() -> Iterator[list[str]]:
+        readings.append(1)
+        for line in file.read_text().split():
+            yield [line, "\ud800 half of a pair"]
+
+    def ask(key: str) -> tuple[str, int]:
+        values = list(remembered(memory, key, [file], read))
+        assert all(more == "\ud800 half of a pair" for _, more in values)
+        return "".join(line for line, _ in values), len(readings)
+
+    file.write_text("a b")
+    assert ask("key") == ("ab", 1)
+    assert ask("key") == ("ab", 2)  # its last change was too shortly before to be told from another one
+    assert not memory.exists()
+    monkeypatch.setattr("data.memory.SETTLED_NS", 0)
+    assert ask("key") == ("ab", 3)
+    assert ask("key") == ("ab", 3)
+    assert ask("other") == ("ab", 4)
+    next(remembered(memory, "third", [file], read))  # not to its end
+    assert ask("other") == ("ab", 5)
+    file.write_text("a c d")
+    assert ask("other") == ("acd", 6)
+    assert [path.name for path in tmp_path.iterdir() if path not in (file, memory)] == []
