@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_gen.compat import ensure_torchvision
-from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, target_grid
+from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, patches_per_side
 from nexus_gen.vision_tower import vision_embeds
 
 ensure_torchvision()
@@ -246,7 +246,7 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
         prefill_index_N = index_within_runs(target_mask)
         if prefill_index_N.numel() and int(prefill_index_N.max()) >= self.num_target_tokens:
-            side = target_grid(self.num_target_tokens)
+            side = patches_per_side(self.num_target_tokens)
             raise ValueError(
                 f"a target image has {int(prefill_index_N.max()) + 1} tokens, more than the {self.num_target_tokens} "
                 f"prefill embeddings; resize it to {side} x {side} patches"

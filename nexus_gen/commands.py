@@ -54,7 +54,7 @@ def parser(command: str) -> argparse.ArgumentParser:
         result.add_argument(
             "--use-generation-decoder",
             action="store_true",
-            help="paint from the 81 target embeddings alone, without the source's",
+            help="paint from the target embeddings alone, without the source's",
         )
     result.add_argument("--language", choices=LANGUAGES, default="en", help="language of the words around the prompt")
     result.add_argument("--width", type=int, help="pixels (default: the size the decoder was trained at)")

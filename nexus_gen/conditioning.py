@@ -15,9 +15,7 @@ from nexus_gen.specs.geometry import (
     REFERENCE_GRID,
     RELEASED_TARGET_TOKENS,
     ProjectorGeometry,
-)
-from nexus_gen.specs.geometry import (
-    target_grid as patches_per_side,
+    patches_per_side,
 )
 from nexus_gen.specs.layouts import Source
 from nexus_gen.specs.shapes import EXPANSION

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nexus_gen.autoregressive import IGNORE_INDEX
 from nexus_gen.compat import ensure_torchvision
-from nexus_gen.specs.geometry import MERGE_SIZE, RELEASED_TARGET_TOKENS, target_grid
+from nexus_gen.specs.geometry import MERGE_SIZE, RELEASED_TARGET_TOKENS, patches_per_side
 from nexus_gen.specs.images import PictureSizing
 from nexus_gen.specs.prompts import IMAGE_TAG
 
@@ -26,7 +26,7 @@ Messages = Sequence[dict[str, str]]
 
 def target_size(processor: Qwen2_5_VLProcessor, num_target_tokens: int) -> int:
     """Pixels per side of a target image: 252 for 81 tokens at patch 14."""
-    return target_grid(num_target_tokens) * processor.image_processor.patch_size
+    return patches_per_side(num_target_tokens) * processor.image_processor.patch_size
 
 
 def resized(

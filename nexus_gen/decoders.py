@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nexus_gen.conditioning import EditingProjector, GenerationAdapter, editing_text_ids
 from nexus_gen.flux import FluxTransformer
-from nexus_gen.specs.geometry import FluxGeometry, ProjectorGeometry, target_grid
+from nexus_gen.specs.geometry import FluxGeometry, ProjectorGeometry, patches_per_side
 
 
 class GenerationDecoder(nn.Module):
@@ -77,7 +77,7 @@ class EditingDecoder(nn.Module):
             (latents.shape[-2], latents.shape[-1]),
             with_reference=source_embeds is not None,
             dtype=latents.dtype if self.embedding_merger.round_positions else torch.float32,
-            target_grid=(target_grid(target_embeds.shape[1]),) * 2,
+            target_grid=(patches_per_side(target_embeds.shape[1]),) * 2,
         )
         return self.transformer(
             latents,

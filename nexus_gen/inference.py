@@ -20,7 +20,7 @@ from nexus_gen.conversation import collate, encode, patches
 from nexus_gen.decoders import EditingDecoder, GenerationDecoder, build_editing_decoder, build_generation_decoder
 from nexus_gen.flow_match import euler_sample
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import REFERENCE_GRID, FluxGeometry, ProjectorGeometry, VaeGeometry, target_grid
+from nexus_gen.specs.geometry import REFERENCE_GRID, FluxGeometry, ProjectorGeometry, VaeGeometry, patches_per_side
 from nexus_gen.specs.images import StoredImage, open_image, squash
 from nexus_gen.specs.models import ModelPaths
 from nexus_gen.specs.prompts import (
@@ -142,7 +142,7 @@ class NexusGen:
 
     def target_embeds(self, *images: Picture) -> Tensor:
         """The vision embeddings of each of B pictures, what `imagine` aims at: (B, N, D)."""
-        return self._vision_embeds(images, target_grid(self.autoregressive.num_target_tokens))
+        return self._vision_embeds(images, patches_per_side(self.autoregressive.num_target_tokens))
 
     def source_embeds(self, *images: Picture) -> Tensor:
         """The 324 vision embeddings of each of B pictures to edit: (B, 324, D)."""

@@ -31,7 +31,7 @@ from data.mixture import Mixture
 from nexus_gen.ar_checkpoint import save_autoregressive
 from nexus_gen.autoregressive import TARGET_INPUTS, LossWeights
 from nexus_gen.specs.artifact import write_text_atomic
-from nexus_gen.specs.geometry import target_grid
+from nexus_gen.specs.geometry import patches_per_side
 from train.message_stream import MessageStream, Quarantine
 from train.metrics import MetricsLogger, latest
 from train.schemas.common import OptimConfig
@@ -107,7 +107,7 @@ class PretrainStage(Stage[PretrainConfig]):
                 "dynamic_targets": config.data.dynamic_targets,
                 "max_length": config.data.max_length,
                 "hidden_size": pipeline.model.config.get_text_config().hidden_size,
-                "target_grid": target_grid(config.model.num_target_tokens),
+                "target_grid": patches_per_side(config.model.num_target_tokens),
                 "steps": pipeline.trainer.state.global_step,
                 "tokens": pipeline.guard.tokens_seen,
                 "rows": rows,

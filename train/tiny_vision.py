@@ -18,7 +18,7 @@ from transformers import Qwen2_5_VLProcessor
 
 from nexus_gen.ar_generation import vision_embeddings
 from nexus_gen.conversation import patches, target_size
-from nexus_gen.specs.geometry import MERGE_SIZE, REFERENCE_GRID, RELEASED_TARGET_TOKENS, target_grid
+from nexus_gen.specs.geometry import MERGE_SIZE, REFERENCE_GRID, RELEASED_TARGET_TOKENS, patches_per_side
 from nexus_gen.specs.images import squash, to_array
 from nexus_gen.vision_tower import VisionTower, vision_embeds
 
@@ -115,7 +115,7 @@ def fit_vision(
     images: square, of one size. The tower comes back on the CPU. The same device makes the same weights.
     """
     pictures = torch.from_numpy(np.stack([to_array(image) for image in images]))
-    target = target_grid(num_target_tokens)
+    target = patches_per_side(num_target_tokens)
     labels = {grid: torch.from_numpy(token_labels(objects, grid // MERGE_SIZE)) for grid in (target, REFERENCE_GRID)}
     pictures, labels = pictures.to(device), {grid: values.to(device) for grid, values in labels.items()}
     held_out = max(1, min(256, len(images) // 8))

@@ -16,7 +16,7 @@ NUM_REFERENCE_TOKENS = (REFERENCE_GRID // MERGE_SIZE) ** 2  # 324
 RELEASED_TARGET_TOKENS = 81
 
 
-def target_side(num_target_tokens: int) -> int:
+def tokens_per_side(num_target_tokens: int) -> int:
     """Merged tokens per side of a target image, 9 for 81. Raises ValueError, with the nearest squares, for others."""
     side = math.isqrt(max(0, num_target_tokens))
     if side == 0 or side**2 != num_target_tokens:
@@ -25,9 +25,9 @@ def target_side(num_target_tokens: int) -> int:
     return side
 
 
-def target_grid(num_target_tokens: int) -> int:
+def patches_per_side(num_target_tokens: int) -> int:
     """Patches per side of a target image: 18 for 81 tokens, 252 px at patch 14."""
-    return target_side(num_target_tokens) * MERGE_SIZE
+    return tokens_per_side(num_target_tokens) * MERGE_SIZE
 
 
 def target_grids(num_target_tokens: int) -> tuple[tuple[int, int], ...]:
@@ -36,7 +36,7 @@ def target_grids(num_target_tokens: int) -> tuple[tuple[int, int], ...]:
     For 81: 9 x 9, 8 x 10, 7 x 11, 6 x 12 and these turned, so up to twice as long as wide. The published list has
     7 x 12 too: 84 tokens, more than the 81 prefill embeddings of the released layout.
     """
-    side = target_side(num_target_tokens)
+    side = tokens_per_side(num_target_tokens)
     longer = [(side - step, side + step) for step in range(1, side // 3 + 1)]
     return ((side, side), *(turned for grid in longer for turned in (grid, grid[::-1])))
 

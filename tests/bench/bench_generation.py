@@ -16,7 +16,7 @@ from torch import Tensor
 from nexus_gen.ar_checkpoint import SpecialTokenIds, build_autoregressive
 from nexus_gen.ar_generation import generate_reply
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration
-from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, LanguageGeometry, VisionGeometry, target_side
+from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, LanguageGeometry, VisionGeometry, tokens_per_side
 from nexus_gen.specs.models import RELEASED_LANGUAGE, RELEASED_VISION
 
 CUDA = torch.cuda.is_available()
@@ -41,7 +41,7 @@ def token_by_token(model: NexusGenForConditionalGeneration, input_ids: Tensor) -
     )
     predicted = [model.vision_head(out.last_hidden_state[:, -1])]
     for index in range(RELEASED_TARGET_TOKENS - 1):
-        row, column = divmod(index, target_side(RELEASED_TARGET_TOKENS))
+        row, column = divmod(index, tokens_per_side(RELEASED_TARGET_TOKENS))
         position = length + 1 + torch.tensor([0, row, column], device=device)
         out = model.model(
             inputs_embeds=model.image_prefill_embeds(torch.tensor([[index]], device=device)).expand(batch, -1, -1),

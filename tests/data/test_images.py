@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import target_grids, target_side
+from nexus_gen.specs.geometry import target_grids, tokens_per_side
 from nexus_gen.specs.images import PictureSizing, context_size, cover_crop, open_image, open_size, squash, to_array
 
 
@@ -110,7 +110,7 @@ def test_targets_take_the_grid_whose_aspect_is_nearest() -> None:
 @pytest.mark.parametrize("num_tokens", [1, 4, 25, 49, 81, 324])
 def test_targets_of_any_square_of_tokens(num_tokens: int) -> None:
     grids = target_grids(num_tokens)
-    assert grids[0] == (target_side(num_tokens),) * 2 and len(set(grids)) == len(grids)
+    assert grids[0] == (tokens_per_side(num_tokens),) * 2 and len(set(grids)) == len(grids)
     assert all(rows * columns <= num_tokens and max(rows, columns) <= 2 * min(rows, columns) for rows, columns in grids)
     assert {grid[::-1] for grid in grids} == set(grids)
     sizing = PictureSizing(14, 262640, num_target_tokens=num_tokens)
@@ -120,7 +120,7 @@ def test_targets_of_any_square_of_tokens(num_tokens: int) -> None:
 @pytest.mark.parametrize(("num_tokens", "near"), [(80, "64 and 81"), (0, "1"), (-4, "1"), (82, "81 and 100")])
 def test_targets_are_squares(num_tokens: int, near: str) -> None:
     with pytest.raises(ValueError, match=f"{num_tokens} tokens is no square of them; {near} would do"):
-        target_side(num_tokens)
+        tokens_per_side(num_tokens)
 
 
 def test_an_edit_is_seen_in_the_scale_of_its_result() -> None:

@@ -41,7 +41,7 @@ from nexus_gen.specs.geometry import (
     LanguageGeometry,
     ProjectorGeometry,
     VisionGeometry,
-    target_grid,
+    patches_per_side,
 )
 from nexus_gen.specs.models import RELEASED, RELEASED_LANGUAGE, RELEASED_VISION
 
@@ -248,7 +248,7 @@ def autoregressive(run: Run, part: str) -> None:
     input_ids = torch.tensor([[*prompt, *image, size.tokens.end_of_turn]], device=run.device)
     labels = input_ids.clone()
     labels[:, : len(prompt)] = -100
-    side = target_grid(RELEASED_TARGET_TOKENS)
+    side = patches_per_side(RELEASED_TARGET_TOKENS)
     num_patches, values = side**2, 3 * 2 * size.vision.patch_size**2
     grid = torch.tensor([[1, side, side]] * 2, device=run.device)
     batch = {

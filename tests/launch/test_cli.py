@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nexus_gen.specs.models import SHIPPED_RUN
+
 NEXUS_GEN = str(Path(sys.executable).parent / "nexus-gen")
 FULL_SIZE = {
     "pretrain": ["experiment=nexus_gen_7b_pretrain", "data.train=t.jsonl", "data.heldout=h.jsonl"],
@@ -153,6 +155,15 @@ def test_a_missing_input_names_the_stage_that_makes_it(tmp_path: Path) -> None:
     assert ran.returncode == 2
     assert "embed_generation/artifact does not exist; run stage=embed_generation first" in ran.stderr
     assert not (tmp_path / "runs" / "tiny" / "generation_decoder").exists()
+
+
+def test_a_checkpoint_that_makes_pictures_of_another_number_of_tokens_is_refused(tmp_path: Path) -> None:
+    data = [f"data.{split}={SHIPPED_RUN}/shapes/artifact/heldout.jsonl" for split in ("train", "heldout")]
+    start = ["run", "stage=pretrain", f"model.qwen={SHIPPED_RUN}/pretrain/artifact", "model.num_target_tokens=49"]
+    ran = nexus_gen(*start, *data, cwd=tmp_path)
+    assert ran.returncode == 2 and len(ran.stderr.strip().splitlines()) == 1, ran.stderr
+    assert "model.num_target_tokens is 49 and model.qwen" in ran.stderr
+    assert "makes pictures of 81 tokens; give model.num_target_tokens=81, or begin with a plain" in ran.stderr
 
 
 def test_a_dataset_row_with_too_few_images_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from nexus_gen.autoregressive import IGNORE_INDEX, NexusGenForConditionalGenerat
 from nexus_gen.conversation import encode
 from nexus_gen.specs.artifact import verify
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, target_grid
+from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, patches_per_side
 from nexus_gen.specs.images import open_image
 from train.message_stream import MessageStream, Quarantine
 from train.swift_plugin import NAME, NexusGenTemplate
@@ -101,7 +101,7 @@ def test_replies_and_their_ends_are_the_text_labels(task: str, template: NexusGe
 
 def test_targets_are_squashed_and_context_is_bounded(template: NexusGenTemplate, rows: Path) -> None:
     context, target = template.encode(swift_row("editing", rows))["image_grid_thw"].tolist()
-    assert target == [1, *[target_grid(RELEASED_TARGET_TOKENS)] * 2]
+    assert target == [1, *[patches_per_side(RELEASED_TARGET_TOKENS)] * 2]
     assert context[2] > context[1]  # 150 x 61 keeps its aspect
     assert context[1] * context[2] * PATCH_SIZE**2 <= MAX_PIXELS
 

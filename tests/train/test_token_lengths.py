@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 from swift.model import get_model_processor
 from swift.template import get_template
 from tiny_qwen import write_checkpoint
 
+from data import doctor
 from data.checks import RowChecker, inspect_picture, length_problem
 from data.messages import Row, read_rows
 from data.token_lengths import TokenLengths
@@ -74,6 +76,17 @@ def test_lengths_are_those_of_training(
         assert length.total == len(ids), row.messages
         places = [place for first, end in length.pictures for place in range(first, end)]
         assert places == [place for place, token in enumerate(ids) if token == image_token], row.messages
+
+
+def test_a_config_says_how_many_tokens_a_target_has(qwen: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    data = {"train": "t.jsonl", "heldout": "h.jsonl", "max_pixels": MAX_PIXELS}
+    config.write_text(yaml.safe_dump({"model": {"qwen": str(qwen), "num_target_tokens": 25}, "data": data}))
+    given = doctor.parser().parse_args(["--config", str(config)])
+    lengths = doctor.token_lengths(given, doctor.read_config(config))
+    row = rows(tmp_path)[2]
+    assert lengths is not None and lengths.picture_tokens(row, [(170, 90)] * 2)[-1] == 25
+    assert TokenLengths(qwen, MAX_PIXELS).picture_tokens(row, [(170, 90)] * 2)[-1] == 81
 
 
 def test_a_cut_says_which_pictures_it_would_hit(qwen: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 from data.mixture import load_mixture
 from data.quarantine import LeftOut, read_left_out
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry, target_side
+from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry, tokens_per_side
 
 # Marks on a field's type. PATH: made absolute when composed; its content enters fingerprints, its place does not.
 # Of a list, each. RUNTIME: changes how a stage runs and not what it makes; left out of fingerprints.
@@ -187,7 +187,7 @@ class TargetConfig:
 
     def check(self) -> None:
         try:
-            target_side(self.num_target_tokens)
+            tokens_per_side(self.num_target_tokens)
         except ValueError as error:
             raise UserError(f"model.num_target_tokens: {error}") from error
 
