@@ -19,7 +19,7 @@ from transformers import Qwen2_5_VLProcessor
 from nexus_gen.ar_generation import vision_embeddings
 from nexus_gen.conversation import patches, target_size
 from nexus_gen.specs.geometry import MERGE_SIZE, REFERENCE_GRID, RELEASED_TARGET_TOKENS, patches_per_side
-from nexus_gen.specs.images import squash, to_array
+from nexus_gen.specs.images import context_size, squash, to_array
 from nexus_gen.vision_tower import VisionTower, vision_embeds
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ CELL_PIXELS = 4  # a token tells the colours of its cell at 4 x 4
 EMBED_NOISE = 0.2  # of embeddings with std 1: what is predicted later is never exact, and must still tell
 FACTS = ("shape", "colour", "size")
 FACT_WEIGHT, PLACE_WEIGHT, CELL_WEIGHT = 0.3, 0.5, 10.0
-REFERENCE_SHARE = 4  # of the batch on every second step, whose larger grid costs four times as much
+REFERENCE_SHARE = 4  # of the batch on a step of its larger grid, which costs four times as much
 
 
 @torch.no_grad()
@@ -111,18 +111,21 @@ def fit_vision(
     """Train the tower in place to describe every token linearly; returns how well it does on pictures left out.
 
     A token tells the colours of its cell, its place in the picture and, where the ground truth is known, shape, colour
-    and size of the object that reaches into the cell. Learned on both grids, that of targets and that of references.
+    and size of the object that reaches into the cell. Learned on every grid that it will see: that of references, that
+    of targets and, where it is another, that of these pictures as context.
     images: square, of one size. The tower comes back on the CPU. The same device makes the same weights.
     """
     pictures = torch.from_numpy(np.stack([to_array(image) for image in images]))
-    target = patches_per_side(num_target_tokens)
-    labels = {grid: torch.from_numpy(token_labels(objects, grid // MERGE_SIZE)) for grid in (target, REFERENCE_GRID)}
+    side, patch = images[0].width, processor.image_processor.patch_size
+    target, context = patches_per_side(num_target_tokens), context_size(side, side, patch, 4 * side**2)[0] // patch
+    grids = list(dict.fromkeys((REFERENCE_GRID, target, context)))
+    labels = {grid: torch.from_numpy(token_labels(objects, grid // MERGE_SIZE)) for grid in grids}
     pictures, labels = pictures.to(device), {grid: values.to(device) for grid, values in labels.items()}
     held_out = max(1, min(256, len(images) // 8))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reinitialise(tower)
-        heads = Heads(tower.config.out_hidden_size, max(1, int(labels[target].max()) + 1))
+        heads = Heads(tower.config.out_hidden_size, max(1, *(int(values.max()) + 1 for values in labels.values())))
     module: nn.Module = tower  # transformers types `to` for whole models
     module.to(device).train().requires_grad_(True)
     heads.to(device)
@@ -133,7 +136,8 @@ def fit_vision(
     )
     generator = torch.Generator(device).manual_seed(seed)
     for step in range(steps):
-        grid, count = (target, batch_size) if step % 2 else (REFERENCE_GRID, max(1, batch_size // REFERENCE_SHARE))
+        grid = grids[step % len(grids)]
+        count = max(1, batch_size // REFERENCE_SHARE) if grid == REFERENCE_GRID else batch_size
         index = held_out + torch.randint(len(pictures) - held_out, (count,), generator=generator, device=device)
         embeds = heads.normalise(embed(tower, processor, pictures[index], grid))
         embeds = embeds + EMBED_NOISE * torch.randn(embeds.shape, generator=generator, device=device)
@@ -144,7 +148,7 @@ def fit_vision(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 250 < 2 or step >= steps - 2:
+        if step % 250 < len(grids) or step >= steps - len(grids):
             values = ", ".join(f"{name} {value.item():.4f}" for name, value in losses.items())
             log.info("vision tower step %d of %d, grid %d: %s", step + 1, steps, grid, values)
     with torch.no_grad():

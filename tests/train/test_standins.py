@@ -194,14 +194,16 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(tmp_path):
         build_standins(tmp_path, MODEL, STANDINS, CORPUS, [], seed=0)
 
 
-def test_a_fitted_tower_tells_more_the_longer_it_is_fitted(built):
+@pytest.mark.parametrize("num_target_tokens", [81, 25])
+def test_a_fitted_tower_tells_more_the_longer_it_is_fitted(built, num_target_tokens):
     qwen = built[0] / "Qwen2.5-VL-Instruct"
     processor = load_processor(qwen)
     scores = []
     for steps in (2, 40):
         tower = load_autoregressive(qwen, dtype=torch.float32).model.visual
         unknown = [None] * len(IMAGES)
-        scores.append(fit_vision(tower, processor, IMAGES, unknown, steps, 4, seed=0, device=torch.device("cpu")))
+        how = (steps, 4, 0, torch.device("cpu"), num_target_tokens)
+        scores.append(fit_vision(tower, processor, IMAGES, unknown, *how))
     assert scores[0].keys() == {"cell_r2", "place_r2"}  # no ground truth, so no facts
     assert scores[1]["cell_r2"] > scores[0]["cell_r2"] + 0.1
 
