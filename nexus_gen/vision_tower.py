@@ -7,7 +7,7 @@ Legend: P patches of all pictures, N merged tokens of all pictures (P / 4), D ou
 """
 
 from functools import lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -49,14 +49,19 @@ def grid_layout(grid: tuple[int, int, int], merge: int, window: int, patch: int)
 def _layout(
     grids: tuple[tuple[int, int, int], ...], merge: int, window: int, patch: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """What the tower would compute from the grids in a loop over pictures; bounds on the CPU."""
+    """What the tower would compute from the grids in a loop over pictures; bounds on the CPU.
+
+    The loop here is over runs of pictures of one grid: a training batch has hundreds of pictures and few grids.
+    """
     positions, order, ends, num_patches = [], [], [torch.zeros(1, dtype=torch.int32)], 0
-    for grid in grids:
+    for grid, pictures in groupby(grids):
         of_grid, order_of_grid, ends_of_grid = grid_layout(grid, merge, window, patch)
-        positions.append(of_grid)
-        order.append(order_of_grid + num_patches // merge**2)
-        ends.append(ends_of_grid + num_patches)
-        num_patches += len(of_grid)
+        count = len(list(pictures))
+        before = num_patches + len(of_grid) * torch.arange(count, dtype=torch.int32)[:, None]
+        positions.append(of_grid.repeat(count, 1))
+        order.append((order_of_grid + before // merge**2).flatten())
+        ends.append((ends_of_grid + before).flatten())
+        num_patches += count * len(of_grid)
     return {
         "position_ids": torch.cat(positions).to(device),
         "window_index": torch.cat(order).to(device),
