@@ -1,5 +1,6 @@
 """The two stages before training in the tiny pipelines: the procedural dataset, and the stand-ins of the downloads."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 
 from data.mixture import read_dataset
 from data.shapes import draw_rows
-from nexus_gen.specs.images import cover_crop, open_image
+from nexus_gen.specs.images import StoredImage, cover_crop, open_image
 from train.schemas.stages import ShapesStageConfig, StandinsStageConfig
 from train.stage import Stage
 
@@ -28,15 +29,16 @@ class StandinsStage(Stage[StandinsStageConfig]):
     def fill(self, directory: Path) -> dict[str, Any]:
         from train.standins import build_standins  # transformers and diffsynth: five seconds that shapes can do without
 
-        rows = list(read_dataset(self.config.data.train, self.config.data.left_out()))
-        words = [text for row in rows for choice in row.choices for texts in choice.values() for text in texts]
-        scenes = {
-            picture: scene
-            for row in rows
-            for picture, scene in zip(row.images, (row.truth or {}).get("scenes", [{}] * len(row.images)), strict=False)
-        }
+        words: list[str] = []
+        scenes: dict[StoredImage, dict[str, Any]] = {}
+        for row in read_dataset(self.config.data.train, self.config.data.left_out()):
+            words += [text for choice in row.choices for texts in choice.values() for text in texts]
+            known = (row.truth or {}).get("scenes", [{}] * len(row.images))
+            scenes.update(zip(row.images, known, strict=False))
         pictures = sorted(scenes, key=str)[: self.config.standins.num_images]
         size = self.config.model.image_size
+        with ThreadPoolExecutor() as pool:  # decoding does without the interpreter
+            images = list(pool.map(lambda picture: cover_crop(open_image(picture), size), pictures))
         # Before the first kernel: matrices of float32 at the speed of TF32.
         torch.set_float32_matmul_precision("high")
         return build_standins(
@@ -44,7 +46,7 @@ class StandinsStage(Stage[StandinsStageConfig]):
             self.config.model,
             self.config.standins,
             corpus=words,
-            images=[cover_crop(open_image(picture), size) for picture in pictures],
+            images=images,
             seed=self.config.seed,
             objects=[scenes[picture].get("objects") for picture in pictures],
             device=self.device,

@@ -6,21 +6,25 @@ tokenizers and the autoencoder are trained here, and the vision tower is too, or
 
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTokenizer,
     GenerationConfig,
     Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
     T5Config,
     T5EncoderModel,
+    T5Tokenizer,
 )
 
 from nexus_gen.ar_checkpoint import SpecialTokenIds, build_autoregressive, save_autoregressive
@@ -31,7 +35,7 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import MERGE_SIZE, FluxGeometry, TextEncoderGeometry
 from train.schemas.stages import StandinsConfig, StandinsModelConfig
 from train.tiny_tokenizers import template_texts, train_clip_tokenizer, train_qwen_tokenizer, train_t5_tokenizer
-from train.tiny_vae import fit_vae, reconstruction_psnr
+from train.tiny_vae import build_vae, fit_vae, reconstruction_psnr, stacked
 from train.tiny_vision import Objects, calibrate_vision, fit_vision, initialise_vision
 
 QWEN_DIR = "Qwen2.5-VL-Instruct"
@@ -59,29 +63,50 @@ def build_standins(
     Raises UserError when a vocabulary is too small, there is no picture, or the widths do not fit together.
     """
     check(model, standins, images)
-    texts = list(corpus)
-    device = device or torch.device("cpu")
+    pictures = stacked(images).to(device)
     num_held_out = min(HELD_OUT, len(images) // 8)
-    vae = fit_vae(model.vae, images[num_held_out:], standins.vae_steps, standins.vae_batch_size, seed, device)
-    num_qwen, vision = build_qwen(
-        directory / QWEN_DIR,
-        standins,
-        model.num_target_tokens,
-        texts,
-        images,
-        objects or [None] * len(images),
-        seed,
-        device,
-    )
+    vae = build_vae(model.vae, seed)
+    how = standins.vae_steps, standins.vae_batch_size, seed
+    # Side by side: tokenizers learn in code that does without the interpreter, and a GPU waits for a thread of its host
+    # more than for itself. On a CPU the two fittings would only share its cores.
+    with ThreadPoolExecutor(2) as pool:
+        learning = pool.submit(train_tokenizers, standins, list(corpus))
+        fitting = pool.submit(fit_vae, vae, pictures[num_held_out:], *how)
+        if pictures.device.type == "cpu":
+            fitting.result()
+        qwen_tokenizer, clip_tokenizer, t5_tokenizer = learning.result()
+        num_qwen, vision = build_qwen(
+            directory / QWEN_DIR,
+            standins,
+            model.num_target_tokens,
+            qwen_tokenizer,
+            images,
+            pictures,
+            objects or [None] * len(images),
+            seed,
+        )
+        fitting.result()
     num_parameters = {"qwen": num_qwen}
     flux = build_flux_transformer(model.transformer, seed)
     save_vae(vae, directory / FLUX_DIR / "ae.safetensors", "bfl")
     save_flux(flux, directory / FLUX_DIR / "flux1-dev.safetensors", "bfl")
     num_parameters |= {"vae": count(vae), "transformer": count(flux)}
-    num_parameters |= build_text_encoders(directory / FLUX_DIR, standins.clip, standins.t5, texts, seed)
+    clip_tokenizer.save_pretrained(directory / FLUX_DIR / "tokenizer")
+    t5_tokenizer.save_pretrained(directory / FLUX_DIR / "tokenizer_2")
+    num_parameters |= build_text_encoders(directory / FLUX_DIR, standins.clip, standins.t5, seed)
     write_json(directory / FLUX_DIR / "model_index.json", {"_class_name": "FluxPipeline", **PIPELINE_PARTS})
-    psnr = reconstruction_psnr(vae, images[:num_held_out] or images)
+    psnr = reconstruction_psnr(vae, stacked(images[:num_held_out] or images))
     return {"num_parameters": num_parameters, "vae_psnr_db": round(psnr, 2), "vision": vision}
+
+
+def train_tokenizers(standins: StandinsConfig, corpus: list[str]) -> tuple[Qwen2Tokenizer, CLIPTokenizer, T5Tokenizer]:
+    """Those of the language model and of both text encoders."""
+    texts = [*template_texts(), *corpus]
+    return (
+        train_qwen_tokenizer(corpus, standins.language.vocab_size),
+        train_clip_tokenizer(texts, standins.clip.vocab_size),
+        train_t5_tokenizer(texts, standins.t5.vocab_size),
+    )
 
 
 # What diffusers reads first of a FLUX.1-dev directory: a part's library and class.
@@ -111,14 +136,16 @@ def build_qwen(
     directory: Path,
     standins: StandinsConfig,
     num_target_tokens: int,
-    corpus: list[str],
+    tokenizer: Qwen2Tokenizer,
     images: list[Image.Image],
+    pictures: Tensor,
     objects: list[Objects],
     seed: int,
-    device: torch.device,
 ) -> tuple[int, dict[str, float]]:
-    """Write a Qwen2.5-VL checkpoint with tokenizer and processor; its number of parameters, and the tower's scores."""
-    tokenizer = train_qwen_tokenizer(corpus, standins.language.vocab_size)
+    """Write a Qwen2.5-VL checkpoint with tokenizer and processor; its number of parameters, and the tower's scores.
+
+    pictures: `images`, stacked, on the device to train on.
+    """
     ids: Any = tokenizer.convert_tokens_to_ids
     tokens = SpecialTokenIds(
         image=ids("<|image_pad|>"),
@@ -150,17 +177,17 @@ def build_qwen(
         scores = fit_vision(
             tower,
             processor,
-            images,
+            pictures,
             objects,
             standins.vision_steps,
             standins.vision_batch_size,
             seed,
-            device,
             num_target_tokens,
         )
     else:
         initialise_vision(tower, seed)
     calibrate_vision(tower, processor, images[:CALIBRATION_PICTURES], num_target_tokens)
+    tower.cpu()
     save_autoregressive(model, directory, as_qwen=True)
     tokenizer.save_pretrained(directory)
     processor.image_processor.save_pretrained(directory)
@@ -196,12 +223,9 @@ def initialise_flux(flux: FluxTransformer) -> None:
 
 
 def build_text_encoders(
-    directory: Path, clip: TextEncoderGeometry, t5: TextEncoderGeometry, corpus: list[str], seed: int
+    directory: Path, clip: TextEncoderGeometry, t5: TextEncoderGeometry, seed: int
 ) -> dict[str, int]:
-    """Write CLIP and T5 with their tokenizers; returns their numbers of parameters."""
-    texts = [*template_texts(), *corpus]
-    train_clip_tokenizer(texts, clip.vocab_size).save_pretrained(directory / "tokenizer")
-    train_t5_tokenizer(texts, t5.vocab_size).save_pretrained(directory / "tokenizer_2")
+    """Write CLIP and T5; returns their numbers of parameters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         clip_model = CLIPTextModel(

@@ -6,6 +6,7 @@ so that photographs come through too. Legend: B pictures, S pixels per side.
 
 import logging
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import VaeGeometry
-from nexus_gen.specs.images import to_array
 from nexus_gen.vae import SCALE, SHIFT, DownSampler, FluxVae, ResnetBlock, UpSampler, VAEAttentionBlock
 
 log = logging.getLogger(__name__)
@@ -28,35 +28,31 @@ FULL_SIZE_FROM = 0.8  # of the steps; before, crops of half the size cost a quar
 COLOUR_GAIN = 1.6  # latents per unit of colour at the start: a std of about 1
 NORM_CONSTANT = 8.0  # large beside colours in [-1, 1]
 CALIBRATION_PICTURES = 64
+RANDOM_AT_ONCE = 16  # batches whose random pictures are drawn together: in small ones a GPU waits for its host
 
 
-def fit_vae(
-    geometry: VaeGeometry,
-    images: list[Image.Image],
-    steps: int,
-    batch_size: int,
-    seed: int,
-    device: torch.device | None = None,
-) -> FluxVae:
-    """An autoencoder trained for `steps` batches; latents, shifted and scaled, have mean about 0 and std about 1.
-
-    images: square, all of one size. device: where to train, the CPU unless given; the result comes back on the CPU. It
-    depends on the arguments and the number of threads alone; the caller's random state is left alone.
-    """
-    pictures = torch.from_numpy(np.stack([to_array(image) for image in images])).to(device)
-    generator = torch.Generator(pictures.device).manual_seed(seed)
+def build_vae(geometry: VaeGeometry, seed: int) -> FluxVae:
+    """An autoencoder as `initialise` has it begin; the caller's random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = FluxVae(geometry)
     initialise(vae)
-    vae.to(device)
-    optimizer = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))
+    return vae
+
+
+def fit_vae(vae: FluxVae, pictures: Tensor, steps: int, batch_size: int, seed: int) -> FluxVae:
+    """Train an autoencoder for `steps` batches; its latents, shifted and scaled, get mean about 0 and std about 1.
+
+    pictures: (N, 3, S, S) uint8, on the device to train on; the autoencoder comes back on the CPU. What it becomes
+    depends on the arguments and the number of threads alone. It touches no state that threads share.
+    """
+    vae.to(pictures.device)
+    generator = torch.Generator(pictures.device).manual_seed(seed)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
-    for step in range(steps):
-        size = pictures.shape[-1] // (1 if step >= FULL_SIZE_FROM * steps else 2)
-        batch = training_batch(pictures, batch_size, size, generator)
+    for step, batch in enumerate(training_batches(pictures, batch_size, steps, generator)):
         latents = vae.encode(batch)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         error = vae.decode(latents + LATENT_NOISE * noise) - batch
@@ -68,8 +64,18 @@ def fit_vae(
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
             log.info("autoencoder step %d of %d: loss %.4f", step + 1, steps, loss.item())
-    calibrate(vae, pictures[:CALIBRATION_PICTURES])
+    calibrate(vae, in_unit_range(pictures[:CALIBRATION_PICTURES]))
     return vae.cpu().eval()
+
+
+def stacked(images: Sequence[Image.Image]) -> Tensor:
+    """(N, 3, S, S) uint8 of square RGB pictures of one size."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+
+
+def in_unit_range(pictures: Tensor) -> Tensor:
+    """float32 in [-1, 1] of uint8."""
+    return pictures.float() / 127.5 - 1
 
 
 @torch.no_grad()
@@ -149,16 +155,23 @@ def calibrate(vae: FluxVae, pictures: Tensor) -> None:
     first.weight *= std[None, :, None, None]
 
 
-def training_batch(pictures: Tensor, count: int, size: int, generator: torch.Generator) -> Tensor:
-    """(count, 3, size, size) in [-1, 1]: half are parts of `pictures`, mirrored and recoloured; half are random."""
-    half, device = count // 2, pictures.device
-    index = torch.randint(len(pictures), (count - half,), generator=generator, device=device)
-    top, left = torch.randint(pictures.shape[-1] - size + 1, (2,), generator=generator, device=device).tolist()
-    channels = torch.randperm(3, generator=generator, device=device)
-    given = pictures[index][:, channels, top : top + size, left : left + size]
-    mirrored = torch.rand(len(given), 1, 1, 1, generator=generator, device=device) < 0.5
-    given = torch.where(mirrored, given.flip(-1), given)
-    return torch.cat([given, random_pictures(half, size, generator)])
+def training_batches(pictures: Tensor, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """(batch_size, 3, size, size) in [-1, 1]: half parts of `pictures`, mirrored and recoloured, half random ones."""
+    half, side, device = batch_size // 2, pictures.shape[-1], pictures.device
+    places = torch.rand(steps, 2, generator=generator, device=device).tolist()
+    random: list[Tensor] = []
+    for step, place in enumerate(places):
+        size = side // (1 if step >= FULL_SIZE_FROM * steps else 2)
+        if not random or random[-1].shape[-1] != size:
+            count = min(RANDOM_AT_ONCE, steps - step)
+            random = list(random_pictures(half * count, size, generator).chunk(count)) if half else []
+        index = torch.randint(len(pictures), (batch_size - half,), generator=generator, device=device)
+        top, left = (int(share * (side - size + 1)) for share in place)
+        channels = torch.randperm(3, generator=generator, device=device)
+        given = in_unit_range(pictures[index][:, channels, top : top + size, left : left + size])
+        mirrored = torch.rand(len(given), 1, 1, 1, generator=generator, device=device) < 0.5
+        yield torch.cat([torch.where(mirrored, given.flip(-1), given), *random[-1:]])
+        del random[-1:]
 
 
 def random_pictures(count: int, size: int, generator: torch.Generator) -> Tensor:
@@ -187,8 +200,8 @@ def soft_noise(count: int, channels: int, size: int, generator: torch.Generator)
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: FluxVae, images: list[Image.Image]) -> float:
-    """Peak signal-to-noise ratio in dB of encoding and decoding, over all pixels of all pictures."""
-    pictures = torch.from_numpy(np.stack([to_array(image) for image in images]))
+def reconstruction_psnr(vae: FluxVae, pictures: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of encoding and decoding, over all pixels of all pictures (N, 3, S, S) uint8."""
+    pictures = in_unit_range(pictures)
     error = (vae.decode(vae.encode(pictures)).clamp(-1, 1) - pictures).square().mean()
     return 10 * math.log10(4 / error.item())

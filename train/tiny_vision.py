@@ -19,8 +19,9 @@ from transformers import Qwen2_5_VLProcessor
 from nexus_gen.ar_generation import vision_embeddings
 from nexus_gen.conversation import patches, target_size
 from nexus_gen.specs.geometry import MERGE_SIZE, REFERENCE_GRID, RELEASED_TARGET_TOKENS, patches_per_side
-from nexus_gen.specs.images import context_size, squash, to_array
+from nexus_gen.specs.images import context_size, squash
 from nexus_gen.vision_tower import VisionTower, vision_embeds
+from train.tiny_vae import in_unit_range
 
 log = logging.getLogger(__name__)
 
@@ -100,12 +101,11 @@ def target_embeddings(
 def fit_vision(
     tower: VisionTower,
     processor: Qwen2_5_VLProcessor,
-    images: list[Image.Image],
+    pictures: Tensor,
     objects: list[Objects],
     steps: int,
     batch_size: int,
     seed: int,
-    device: torch.device,
     num_target_tokens: int = RELEASED_TARGET_TOKENS,
 ) -> dict[str, float]:
     """Train the tower in place to describe every token linearly; returns how well it does on pictures left out.
@@ -113,15 +113,14 @@ def fit_vision(
     A token tells the colours of its cell, its place in the picture and, where the ground truth is known, shape, colour
     and size of the object that reaches into the cell. Learned on every grid that it will see: that of references, that
     of targets and, where it is another, that of these pictures as context.
-    images: square, of one size. The tower comes back on the CPU. The same device makes the same weights.
+    pictures: (N, 3, S, S) uint8, on the device to train on, where the tower stays. The same device makes the same
+    weights.
     """
-    pictures = torch.from_numpy(np.stack([to_array(image) for image in images]))
-    side, patch = images[0].width, processor.image_processor.patch_size
+    device, side, patch = pictures.device, pictures.shape[-1], processor.image_processor.patch_size
     target, context = patches_per_side(num_target_tokens), context_size(side, side, patch, 4 * side**2)[0] // patch
     grids = list(dict.fromkeys((REFERENCE_GRID, target, context)))
-    labels = {grid: torch.from_numpy(token_labels(objects, grid // MERGE_SIZE)) for grid in grids}
-    pictures, labels = pictures.to(device), {grid: values.to(device) for grid, values in labels.items()}
-    held_out = max(1, min(256, len(images) // 8))
+    labels = {grid: torch.from_numpy(token_labels(objects, grid // MERGE_SIZE)).to(device) for grid in grids}
+    held_out = max(1, min(256, len(pictures) // 8))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reinitialise(tower)
@@ -130,7 +129,7 @@ def fit_vision(
     module.to(device).train().requires_grad_(True)
     heads.to(device)
     parameters = [*tower.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
@@ -139,9 +138,10 @@ def fit_vision(
         grid = grids[step % len(grids)]
         count = max(1, batch_size // REFERENCE_SHARE) if grid == REFERENCE_GRID else batch_size
         index = held_out + torch.randint(len(pictures) - held_out, (count,), generator=generator, device=device)
-        embeds = heads.normalise(embed(tower, processor, pictures[index], grid))
+        batch = in_unit_range(pictures[index])
+        embeds = heads.normalise(embed(tower, processor, batch, grid))
         embeds = embeds + EMBED_NOISE * torch.randn(embeds.shape, generator=generator, device=device)
-        losses = heads.losses(embeds, pictures[index], labels[grid][index])
+        losses = heads.losses(embeds, batch, labels[grid][index])
         loss = losses["cell"] * CELL_WEIGHT + losses["place"] * PLACE_WEIGHT + losses["facts"] * FACT_WEIGHT
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -152,10 +152,9 @@ def fit_vision(
             values = ", ".join(f"{name} {value.item():.4f}" for name, value in losses.items())
             log.info("vision tower step %d of %d, grid %d: %s", step + 1, steps, grid, values)
     with torch.no_grad():
-        embeds = heads.normalise(embed(tower.eval(), processor, pictures[:held_out], target))
-        scores = heads.scores(embeds, pictures[:held_out], labels[target][:held_out])
-    tower.cpu()
-    return scores
+        unseen = in_unit_range(pictures[:held_out])
+        embeds = heads.normalise(embed(tower.eval(), processor, unseen, target))
+        return heads.scores(embeds, unseen, labels[target][:held_out])
 
 
 class Heads(nn.Module):

@@ -22,7 +22,7 @@ from nexus_gen.text_encoders import encode_prompt
 from train.schemas.stages import StandinsConfig, StandinsModelConfig
 from train.standins import build_standins
 from train.tiny_tokenizers import QWEN_SPECIAL_TOKENS, train_clip_tokenizer, train_qwen_tokenizer
-from train.tiny_vae import fit_vae, reconstruction_psnr
+from train.tiny_vae import build_vae, fit_vae, in_unit_range, reconstruction_psnr, stacked
 from train.tiny_vision import fit_vision, patch_values, target_embeddings, token_labels
 
 SIZE = 32
@@ -173,11 +173,11 @@ def test_embeddings_are_scaled_and_hold_the_colours_of_their_cells(built):
 
 
 def test_fitting_improves_the_autoencoder_and_scales_its_latents():
-    held_out = shape_pictures(8, seed=5)
-    before, after = (fit_vae(MODEL.vae, IMAGES, steps, batch_size=8, seed=0) for steps in (1, 60))
+    pictures, held_out = stacked(IMAGES), stacked(shape_pictures(8, seed=5))
+    before, after = (fit_vae(build_vae(MODEL.vae, 0), pictures, steps, batch_size=8, seed=0) for steps in (1, 60))
     assert reconstruction_psnr(after, held_out) > reconstruction_psnr(before, held_out) + 2
     with torch.no_grad():
-        latents = after.encode(torch.from_numpy(np.stack([to_array(image) for image in IMAGES])))
+        latents = after.encode(in_unit_range(pictures))
     assert abs(latents.mean()) < 0.1
     assert 0.9 < latents.std() < 1.1
 
@@ -189,7 +189,7 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(tmp_path):
         wide = replace(MODEL, transformer=replace(MODEL.transformer, context_dim=32))
         build_standins(tmp_path, wide, STANDINS, CORPUS, IMAGES, seed=0)
     with pytest.raises(UserError, match="norm_groups 4 leaves 2 of 8 channels"):
-        fit_vae(VaeGeometry([8, 16], 1, 4, 16), IMAGES, steps=1, batch_size=8, seed=0)
+        build_vae(VaeGeometry([8, 16], 1, 4, 16), seed=0)
     with pytest.raises(UserError, match="no pictures"):
         build_standins(tmp_path, MODEL, STANDINS, CORPUS, [], seed=0)
 
@@ -202,8 +202,8 @@ def test_a_fitted_tower_tells_more_the_longer_it_is_fitted(built, num_target_tok
     for steps in (2, 40):
         tower = load_autoregressive(qwen, dtype=torch.float32).model.visual
         unknown = [None] * len(IMAGES)
-        how = (steps, 4, 0, torch.device("cpu"), num_target_tokens)
-        scores.append(fit_vision(tower, processor, IMAGES, unknown, *how))
+        how = (steps, 4, 0, num_target_tokens)
+        scores.append(fit_vision(tower, processor, stacked(IMAGES), unknown, *how))
     assert scores[0].keys() == {"cell_r2", "place_r2"}  # no ground truth, so no facts
     assert scores[1]["cell_r2"] > scores[0]["cell_r2"] + 0.1
 
