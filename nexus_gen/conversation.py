@@ -46,12 +46,12 @@ def patches(processor: Qwen2_5_VLProcessor, images: Sequence[Image.Image]) -> tu
     return features["pixel_values"], features["image_grid_thw"]
 
 
-def byte_patches(processor: Qwen2_5_VLProcessor, images: Sequence[Image.Image]) -> Tensor:
-    """`pixel_values` as uint8 before they are scaled: a quarter to hand to another process or device."""
+def byte_patches(processor: Qwen2_5_VLProcessor, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+    """`patches` as uint8 before they are scaled: a quarter to hand to another process or device."""
     features = processor.image_processor(
         images=list(images), do_resize=False, do_rescale=False, do_normalize=False, return_tensors="pt"
     )
-    return features["pixel_values"]
+    return features["pixel_values"], features["image_grid_thw"]
 
 
 def scaled_patches(processor: Qwen2_5_VLProcessor, byte_patches: Tensor) -> Tensor:
@@ -74,13 +74,14 @@ def encode(
     *,
     consistent_edit_scale: bool = False,
     num_target_tokens: int = RELEASED_TARGET_TOKENS,
+    as_bytes: bool = False,
 ) -> dict[str, Tensor]:
     """One conversation as (S,) input_ids and labels, pixel_values and image_grid_thw (absent without pictures).
 
     labels: -100 but at the tokens of target images, which are what embeddings are predicted for.
     reply_prefix: open an assistant turn that begins with these words, for the model to go on from.
     consistent_edit_scale: context pictures take the square of the target that follows, which may be the one to come.
-    num_target_tokens: the model's.
+    num_target_tokens: the model's. as_bytes: pixel_values are `byte_patches`.
     """
     tokenizer: Any = processor.tokenizer
     is_target_image = [
@@ -112,7 +113,7 @@ def encode(
     labels[positions[of_target]] = image_token
     encoded = {"input_ids": input_ids, "labels": labels}
     if sized:
-        encoded["pixel_values"], encoded["image_grid_thw"] = patches(processor, sized)
+        encoded["pixel_values"], encoded["image_grid_thw"] = (byte_patches if as_bytes else patches)(processor, sized)
     return encoded
 
 

@@ -39,7 +39,7 @@ from nexus_gen.ar_checkpoint import (
 from nexus_gen.ar_generation import compiled_decoder_layer, decoder_layer, teacher_forced_pairs
 from nexus_gen.autoregressive import IGNORE_INDEX, NexusGenForConditionalGeneration
 from nexus_gen.checkpoints import component, load_vae
-from nexus_gen.conversation import collate, encode, target_size
+from nexus_gen.conversation import collate, encode, scaled_patches, target_size
 from nexus_gen.packed_vision import PackedVisionTower
 from nexus_gen.specs.artifact import digest, hash_file, write_text_atomic
 from nexus_gen.specs.errors import UserError
@@ -393,6 +393,7 @@ class EmbedStage(Stage[EmbedConfig]):
             pixels,
             consistent_edit_scale=self.consistent_edit_scale,
             num_target_tokens=self.num_target_tokens,
+            as_bytes=True,
         )
 
     @cached_property
@@ -410,6 +411,7 @@ class EmbedStage(Stage[EmbedConfig]):
         names = ("input_ids", "labels", "pixel_values", "image_grid_thw")
         encoded = [{name: row[name] for name in names} for row in rows]
         batch = collate(encoded, self.processor.tokenizer.pad_token_id, self.group(rows[0]) * LENGTH_STEP)
+        batch["pixel_values"] = scaled_patches(self.processor, batch["pixel_values"].to(self.device))
         layer = compiled_decoder_layer() if self.compiled else decoder_layer
         pairs = teacher_forced_pairs(self.model, batch, self.tower, layer)
         num_targets = [int((row["labels"] != IGNORE_INDEX).sum()) // self.num_target_tokens for row in rows]

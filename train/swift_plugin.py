@@ -155,7 +155,7 @@ class NexusGenTemplate(Qwen2_5VLTemplate):
         pictures = [picture for row in batch for picture in row.get("pictures", ())]
         collated = Template._data_collator(self, batch, padding_to=padding_to)
         if pictures:  # all at once: the processor takes as long to begin as for several small pictures
-            collated["pixel_values"] = byte_patches(self.processor, pictures)
+            collated["pixel_values"], _ = byte_patches(self.processor, pictures)
         collated["position_ids"] = self.model.rope_position_ids(
             collated["input_ids"], collated["attention_mask"], collated.get("image_grid_thw")
         )

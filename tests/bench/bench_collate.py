@@ -67,6 +67,6 @@ def test_patches(px: int) -> None:
     processor = load_processor(QWEN)
     random = np.random.default_rng(0)
     pictures = [Image.fromarray(random.integers(0, 256, (px, px, 3), dtype=np.uint8)) for _ in range(2 * ROWS)]
-    theirs, ours = (lambda: patches(processor, pictures)[0]), (lambda: byte_patches(processor, pictures))
+    theirs, ours = (lambda: patches(processor, pictures)[0]), (lambda: byte_patches(processor, pictures)[0])
     compare(f"patches of 2 pictures of {px} px, bytes for floats", theirs, ours)
     print(f", {theirs().nbytes / ours().nbytes:.0f} x less to hand over")
