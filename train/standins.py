@@ -27,13 +27,16 @@ from transformers import (
     T5Tokenizer,
 )
 
+from data.mixture import read_dataset
 from nexus_gen.ar_checkpoint import SpecialTokenIds, build_autoregressive, save_autoregressive
 from nexus_gen.checkpoints import save_flux, save_vae
 from nexus_gen.flux import FluxTransformer
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import MERGE_SIZE, FluxGeometry, TextEncoderGeometry
-from train.schemas.stages import StandinsConfig, StandinsModelConfig
+from nexus_gen.specs.images import StoredImage, cover_crop, open_image
+from train.schemas.stages import StandinsConfig, StandinsModelConfig, StandinsStageConfig
+from train.stage import Stage
 from train.tiny_tokenizers import template_texts, train_clip_tokenizer, train_qwen_tokenizer, train_t5_tokenizer
 from train.tiny_vae import build_vae, fit_vae, reconstruction_psnr, stacked
 from train.tiny_vision import Objects, calibrate_vision, fit_vision, initialise_vision
@@ -43,6 +46,38 @@ FLUX_DIR = "FLUX.1-dev"
 MIN_TOKENS, MAX_TOKENS = 4, 16384  # bounds of a picture in merged tokens, as Qwen2.5-VL's preprocessor has them
 CALIBRATION_PICTURES = 512  # that the scale of the vision tower's outputs is measured on
 HELD_OUT = 32  # pictures that the autoencoder is scored on and not fitted to, at most an eighth
+
+
+class StandinsStage(Stage[StandinsStageConfig]):
+    """The tokenizers learn from the dataset's words, the autoencoder and the vision tower from its pictures."""
+
+    def run(self) -> bool:
+        self.write_artifact(self.fill)
+        return True
+
+    def fill(self, directory: Path) -> dict[str, Any]:
+        words: list[str] = []
+        scenes: dict[StoredImage, dict[str, Any]] = {}
+        for row in read_dataset(self.config.data.train, self.config.data.left_out()):
+            words += [text for choice in row.choices for texts in choice.values() for text in texts]
+            known = (row.truth or {}).get("scenes", [{}] * len(row.images))
+            scenes.update(zip(row.images, known, strict=False))
+        pictures = sorted(scenes, key=str)[: self.config.standins.num_images]
+        size = self.config.model.image_size
+        with ThreadPoolExecutor() as pool:  # decoding does without the interpreter
+            images = list(pool.map(lambda picture: cover_crop(open_image(picture), size), pictures))
+        # Before the first kernel: matrices of float32 at the speed of TF32.
+        torch.set_float32_matmul_precision("high")
+        return build_standins(
+            directory,
+            self.config.model,
+            self.config.standins,
+            corpus=words,
+            images=images,
+            seed=self.config.seed,
+            objects=[scenes[picture].get("objects") for picture in pictures],
+            device=self.device,
+        )
 
 
 def build_standins(

@@ -24,7 +24,7 @@ from train.schemas.run_directory import load_config
 # stage -> class; imported when it runs, so that a stage loads only its own engine
 STAGES = {
     "shapes": "train.sources:ShapesStage",
-    "standins": "train.sources:StandinsStage",
+    "standins": "train.standins:StandinsStage",
     "pretrain": "train.pretrain:PretrainStage",
     "embed_generation": "train.embed:EmbedGenerationStage",
     "embed_editing": "train.embed:EmbedEditingStage",
