@@ -151,9 +151,13 @@ class Processes:
                 signal.signal(number, handler)
 
     def end(self) -> None:
-        """Let those go that still wait."""
+        """Let those go that wait; what still imports is ended, for nobody should wait for it."""
         self._word.close()
-        self.torchrun.wait()
+        try:
+            self.torchrun.wait(timeout=2)
+        except psutil.TimeoutExpired:
+            self.torchrun.terminate()
+            self.torchrun.wait()
 
 
 class Crew:
