@@ -121,7 +121,13 @@ def interrupt(arguments: list[str], when: Callable[[], bool], number: signal.Sig
     SIGKILL hits the command and all its processes at once, as a power cut would; other signals hit the command alone.
     """
     with open(output, "w", encoding="utf-8") as file:
-        command = psutil.Popen([NEXUS_GEN, *arguments], stdout=file, stderr=subprocess.STDOUT)
+        command = psutil.Popen(
+            [NEXUS_GEN, *arguments],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            # Tests that run under nohup would hand on that SIGHUP is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        )
         wait_for(when, command, output)
         if number == signal.SIGKILL:
             processes = [command, *command.children(recursive=True)]
