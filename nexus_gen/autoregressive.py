@@ -281,11 +281,9 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         config: Any = self.config.vision_config
         merge = config.spatial_merge_size
         grids = [] if image_grid_thw is None else [(h // merge, w // merge) for _, h, w in image_grid_thw.tolist()]
-        if int(is_image.sum()) != sum(height * width for height, width in grids):
-            raise ValueError(
-                f"{int(is_image.sum())} image tokens for {len(grids)} images of "
-                f"{sum(height * width for height, width in grids)} tokens"
-            )
+        num_tokens, wanted = int(is_image.sum()), sum(height * width for height, width in grids)
+        if num_tokens != wanted:
+            raise ValueError(f"{num_tokens} image tokens for {len(grids)} images of {wanted} tokens")
         present = torch.ones_like(is_image) if attention_mask is None else attention_mask != 0
         # How far a token moves what follows it: text by one, an image as a whole by its longer side.
         advance = (present & ~is_image).long()
