@@ -60,8 +60,6 @@ class AnyDeviceDeepSpeedStrategy(DeepSpeedStrategy):
             return
         assert self.parallel_devices is not None
         self.parallel_devices = [torch.device("cpu", index) for index in range(len(self.parallel_devices))]
-        # Only read to decide on a shared-memory reduction that inference alone calls, and that takes g++ and 40 s.
-        deepspeed.ops.__compatible_ops__ = {}
         super(DeepSpeedStrategy, self).setup_environment()
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:

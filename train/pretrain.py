@@ -69,9 +69,6 @@ class PretrainStage(Stage[PretrainConfig]):
         """Train on from the latest checkpoint, or from model.qwen, and export; False when a SIGTERM ended training."""
         config = self.config
         keep_swift_logs(self.run_dir / "log" / f"swift-rank{self.rank}.log")
-        if self.device_type == "cpu":
-            # DeepSpeed would compile (40 s, with g++) a shared-memory reduction that only its inference calls.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.start_process_group()
         deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)
         if config.trainer.precision == "tf32":

@@ -270,10 +270,14 @@ def test_the_guard_averages_micro_batches_and_passes_a_sigterm_on(process_group:
         assert guard.stopping is stop
 
 
-def test_bfloat16_at_stage_0_starts_without_a_step(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_at_stage_0_starts_without_a_step(
+    process_group: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    assert not any(tmp_path.iterdir())  # nothing was compiled
     model = torch.nn.Linear(4, 4)
     before = model.weight.detach().bfloat16().float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=0.5)
