@@ -85,6 +85,10 @@ EDITS: Templates = {
 
 CATEGORIES = {"understanding": tuple(QUESTIONS), "generation": CAPTIONS, "editing": tuple(EDITS)}
 
+# Questions which colour and shape go together. A yes or a no says least, so it is asked as often as both others.
+PAIRINGS = ("colour", "shape", "yes_no", "yes_no")
+TRIES = 4  # for each further question, before a conversation ends
+
 Choice = TypeVar("Choice")
 
 
@@ -95,7 +99,7 @@ class ShapesConfig:
     image_size: pixels to a side. understanding, generation, editing: relative shares of the tasks.
     max_objects: in any picture. num_colours, num_shapes: so many of the palette, the first ones.
     textured_fraction: of the scenes, by their ground. chinese_fraction: of the rows; the others are English.
-    num_questions: about one picture in a training row; rows of the other splits ask one.
+    num_questions: about one picture in a training row at most; rows of the other splits ask one.
     new_names: share of the training rows that call colours and shapes by data.scenes.NEW_NAMES; where it is above 0,
     all rows of the other splits do.
     """
@@ -145,6 +149,7 @@ class Content:
     category: the type of a question, the category of a caption, or the operation of an edit.
     answer: of a question; empty for the other tasks. scenes: of an edit, the source and the target.
     absent: what the words name and no scene shows. later: further questions about the scene.
+    about: the things that a question is about.
     """
 
     task: str
@@ -155,6 +160,7 @@ class Content:
     scenes: tuple[Scene, ...]
     absent: Thing | None = None
     later: tuple["Content", ...] = ()
+    about: tuple[Thing, ...] = ()
 
     @property
     def is_compositional(self) -> bool:
@@ -171,6 +177,19 @@ class Content:
             for scene in self.scenes
         ]
         return json.dumps([self.task, scenes])
+
+
+def named(questions: list[Content]) -> set[Thing]:
+    """Things whose colour and shape these questions say, or their answers: that they are there is said, too."""
+    return {thing for question in questions if not question.absent for thing in question.about}
+
+
+def is_told(question: Content, earlier: list[Content]) -> bool:
+    """Whether the earlier questions and answers answer this one to who never sees the picture."""
+    alike = [other for other in earlier if other.category == question.category]
+    if question.category in PAIRINGS:
+        return bool(named(earlier) & set(question.about)) or any(other.words == question.words for other in alike)
+    return any(set(other.about) == set(question.about) for other in alike)
 
 
 def with_new_names(content: Content) -> Content:
@@ -281,28 +300,35 @@ class Imagination:
         return self.scene(self.number(least, most))
 
     def conversation(self, kind: str, language: str, num_questions: int) -> Content:
-        """A question of a kind about a scene made for it, and questions of any kind that fits behind it."""
+        """A question of a kind about a scene made for it, and further ones about the same scene.
+
+        First those that ask which colour and shape go together, since all others say it. They end before num_questions
+        where what was said tells what else could be asked.
+        """
         if kind == "count":
             scene = self.scene(self.number(1, self.config.max_objects))
         else:
             scene = self.scene(2) if kind == "relation" else self.distinct()
-        first = self.question(kind, language, scene)
+        asked = [self.question(kind, language, scene)]
         # More objects than colours or shapes look alike: only their number can be asked for without doubt.
         unlike = len(scene.things) <= min(len(self.shapes), len(self.colours))
-        fitting = [other for other in QUESTIONS if other == "count" or unlike]
-        if len(scene.things) == 1:
-            fitting.remove("relation")
-        later = tuple(self.question(self.pick(fitting), language, scene) for _ in range(num_questions - 1))
-        return replace(first, later=later)
+        others = ("count",) + ("position",) * unlike + ("relation",) * (unlike and len(scene.things) > 1)
+        for _ in range(TRIES * (num_questions - 1)):
+            pairs = unlike and not set(scene.things) <= named(asked)
+            further = self.question(self.pick(PAIRINGS if pairs else others), language, scene)
+            if not is_told(further, asked):
+                asked.append(further)
+        return replace(asked[0], later=tuple(asked[1:num_questions]))
 
     def question(self, kind: str, language: str, scene: Scene) -> Content:
         thing = self.pick(scene.things)
+        about: tuple[Thing, ...] = (thing,)
         words = {"shape": name(thing.shape, language), "colour": name(thing.colour, language)}
         absent = None
         if kind in ("colour", "shape"):
             answer = words[kind]
         elif kind == "count":
-            answer = str(len(scene.things))
+            answer, about = str(len(scene.things)), ()
         elif kind == "position":
             answer = name(CELLS[thing.cell], language)
         elif kind == "relation":
@@ -310,6 +336,7 @@ class Imagination:
                 thing, other = scene.things
             else:
                 other = self.pick([other for other in scene.things if other != thing])
+            about = (thing, other)
             words["other"] = noun(other, language)
             words["sides"], answer = relation(thing, other, language)
         else:
@@ -322,7 +349,7 @@ class Imagination:
         words["thing"] = noun(thing, language)
         words["a_thing"] = a(words["thing"], language)
         question = self.pick(QUESTIONS[kind][language]).format(**words)
-        return Content("understanding", kind, language, question, answer, (scene,), absent)
+        return Content("understanding", kind, language, question, answer, (scene,), absent, about=about)
 
     def missing(self, things: Sequence[Thing], scene: Scene) -> Thing:
         """One of the things that differs from all in the scene by shape or colour."""

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -242,12 +242,13 @@ def test_training_conversations_ask_several_questions_of_one_picture(tmp_path):
     shapes.draw_rows(tmp_path, config, seed=3, num_workers=1)
     assert check_rows(tmp_path / "train.jsonl", check_images="open").rows == SMALL.num_train
     answers: Counter[str] = Counter()
+    lengths: defaultdict[tuple[str, int], set[int]] = defaultdict(set)
     for row in rows_of(tmp_path):
         pairs = list(zip(row.messages[::2], row.messages[1::2], strict=True))
-        assert len(pairs) == (5 if row.truth["split"] == "train" else 1)
+        objects = row.truth["scenes"][0]["objects"]
+        lengths[row.truth["split"], len(objects)].add(len(pairs))
         assert pairs[0][1]["content"] == row.truth["answer"]
         assert [question["content"].count("<image>") for question, _ in pairs] == [1, 0, 0, 0, 0][: len(pairs)]
-        objects = row.truth["scenes"][0]["objects"]
         named = {f"{thing['colour']} {thing['shape']}" for thing in objects}
         for question, answer in pairs:
             words, said = question["content"], answer["content"]
@@ -263,6 +264,26 @@ def test_training_conversations_ask_several_questions_of_one_picture(tmp_path):
                 assert said == ("above" if first is high else "below")
             answers[said] += 1
     assert {"yes", "no", "above", "below", "left", "right", "1", "red"} <= set(answers)
+    assert all(asked == {1} for (split, _), asked in lengths.items() if split != "train")
+    assert lengths["train", 3] == {5} and max(lengths["train", 1]) <= 5
+
+
+def test_what_was_said_is_not_asked_again() -> None:
+    """Neither in the same words nor in others: once "the red cross" was named, nobody asks for its colour."""
+    config = dataclasses.replace(SMALL, generation=0.0, editing=0.0, num_questions=8, chinese_fraction=0.0)
+    later: Counter[str] = Counter()
+    for index in range(400):
+        content = shapes.content_of(config, 5, "train", index)
+        asked, said = [content, *content.later], ""
+        assert len({question.words for question in asked}) == len(asked)
+        for question in asked:
+            if question.category in ("colour", "shape", "yes_no"):
+                (thing,) = question.about
+                assert f"{thing.colour} {thing.shape}" not in said, question.words
+                said += f" {thing.colour} {thing.shape}" if question.category != "yes_no" else ""
+            said += question.words
+        later.update(question.category for question in content.later)
+    assert set(later) == set(QUESTIONS) and min(later.values()) > 100, later
 
 
 def thing_in(thing: Any, words: str) -> bool:
