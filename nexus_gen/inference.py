@@ -72,9 +72,8 @@ class NexusGen:
             if self.paths.decoder_kind == "generation_decoder":
                 decoder: GenerationDecoder | EditingDecoder = build_generation_decoder(flux, self.details["embed_dim"])
             else:
-                decoder = build_editing_decoder(
-                    flux, ProjectorGeometry(**self.details["projector"]), self.details["round_positions"]
-                )
+                rounds = self.details.get("round_positions", True)  # as all did before they said it
+                decoder = build_editing_decoder(flux, ProjectorGeometry(**self.details["projector"]), rounds)
         assert self.paths.decoder is not None
         load_decoder(decoder, self.paths.decoder, self.dtype, self.device)
         return decoder.eval()

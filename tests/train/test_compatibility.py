@@ -1,17 +1,21 @@
 """The switches of docs/compatibility.md reach what they switch, and the better behaviour is the default."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_qwen
+import yaml
 from PIL import Image
 
 from launch.compose import Override, compose_stage
+from nexus_gen.inference import NexusGen
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import cover_crop, squash
-from nexus_gen.specs.models import RELEASED
+from nexus_gen.specs.models import RELEASED, SHIPPED_RUN, ModelPaths
 from train.decoder_stages import meta_decoder
 from train.embed import EmbedEditingStage
+from train.schemas.run_directory import load_config
 
 
 def composed(*overrides: str):
@@ -26,6 +30,17 @@ def test_token_positions_of_the_editing_decoder(tmp_path: Path, given: bool | No
     decoder = meta_decoder(config, embed_dim=32)
     assert decoder.embedding_merger.round_positions is bool(given)
     assert RELEASED["editing_decoder"]["round_positions"], "released files are sampled as they were trained"
+
+
+def test_what_does_not_say_rounds_positions_as_all_did_before(tmp_path: Path) -> None:
+    paths = ModelPaths.find(SHIPPED_RUN, decoder="editing_decoder")
+    assert paths.details is not None
+    details = {name: value for name, value in paths.details.items() if name != "round_positions"}
+    assert NexusGen(replace(paths, details=details), "cpu").decoder.embedding_merger.round_positions
+    values = yaml.safe_load((SHIPPED_RUN / "editing_decoder" / "config.yaml").read_text(encoding="utf-8"))
+    del values["objective"]["round_positions"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert load_config(tmp_path).objective.round_positions is True
 
 
 @pytest.mark.parametrize(("switch", "square"), [([], squash), (["embed.pixels=crop"], cover_crop)])

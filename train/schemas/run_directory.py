@@ -24,6 +24,8 @@ IDENTITY = "identity.json"  # beside the checkpoints: the config values and inpu
 REQUEST = "from.json"  # in the run: the from=... that is under way
 # Keys that configs of earlier versions lack, with the values that stand for what those versions did.
 ADDED_SINCE: dict[str, Any] = {
+    "objective.round_positions": True,
+    "embed.pixels": "squash",
     "data.token_budget": 0,
     "data.quarantine": [],
     "shapes.new_names": 0.0,
