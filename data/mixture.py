@@ -24,6 +24,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -176,17 +177,16 @@ def read_places(
 
 
 class RowsByPlace:
-    """Random access to the rows that `read_places` finds."""
+    """Random access to the rows that `read_places` finds.
+
+    Their files are read through for it here, and not again in processes that this object is sent to.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._sources = load_mixture(path).sources
         self._records = [[open_records(file) for file in source.files] for source in self._sources]
-
-    def prepare(self) -> None:
-        """Find the rows of every file now: processes that are forked afterwards need not."""
-        for of_source in self._records:
-            for records in of_source:
-                len(records)
+        for records in chain.from_iterable(self._records):
+            len(records)
 
     def __getitem__(self, place: Place) -> Row:
         source, file, number = place
@@ -242,6 +242,7 @@ class Mixture:
     """The endless training order over a dataset's rows, but for those that are left out.
 
     num_left_out: of the rows that the sources would take. Raises UserError for a source that has no rows then.
+    The files are read through here, and not again in processes that this object is sent to.
     """
 
     def __init__(self, path: str | os.PathLike[str], seed: int, left_out: LeftOut = NOTHING) -> None:
@@ -251,8 +252,18 @@ class Mixture:
         self.num_left_out = sum(rows.num_left_out for rows in self._rows)
         self.counts = _counts(self.spec, [len(rows) for rows in self._rows])
         self.epoch_rows = sum(self.counts)
+        self._remember_orders()
+
+    def _remember_orders(self) -> None:
         self._order = lru_cache(maxsize=2 * len(self._rows))(self._order_of)
         self._epoch = lru_cache(maxsize=2)(self._epoch_of)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_order", "_epoch")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remember_orders()
 
     def __len__(self) -> int:
         """Rows to draw from, of all sources together."""

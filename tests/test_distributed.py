@@ -3,9 +3,11 @@
 Float32 on gloo. One process accumulates the same global batches; it is the shared tiny run.
 """
 
+import json
 import math
 import shutil
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,11 @@ import torch
 import yaml
 from runs import STEPS, TRAINED, copy_run, interrupt, losses, stage_arguments, succeed, weights
 from safetensors.torch import load_file
+from webdataset import TarWriter
 
 from data.mixture import Mixture
+from data.quarantine import named, read_left_out
+from data.records import open_records
 from data.shards import CONSTANTS
 from data.token_lengths import TokenLengths
 from nexus_gen.specs.artifact import Manifest, verify
@@ -103,32 +108,59 @@ def test_a_killed_stage_goes_on_as_if_nothing_had_happened(tiny_run: Path, two_p
     assert [name for name in resumed if not torch.equal(resumed[name], uninterrupted[name])] == []
 
 
-def tokens_of_rows(tiny_run: Path, num_rows: int) -> list[int]:
-    """Of the first rows in training order, by arithmetic."""
+def tokens_by_step(tiny_run: Path, train: Path, *quarantine: Path) -> list[int]:
+    """That the first rows in training order have up to each step, from step 0 on, by arithmetic."""
     config = yaml.safe_load((tiny_run / "pretrain" / "config.yaml").read_text(encoding="utf-8"))
-    mixture = Mixture(tiny_run / "shapes" / "artifact" / "train.jsonl", config["seed"])
-    rows = [mixture.row(mixture.draw(position)) for position in range(num_rows)]
+    mixture = Mixture(train, config["seed"], read_left_out(quarantine, [train]))
+    rows = [mixture.row(mixture.draw(position)) for position in range(8 * STEPS)]
     lengths = TokenLengths(tiny_run / "standins" / "artifact" / "Qwen2.5-VL-Instruct", config["data"]["max_pixels"])
     measured = lengths.measure(rows, [[open_image(image).size for image in row.images] for row in rows])
-    return [length.total for length in measured]
+    return [sum(length.total for length in measured[: 8 * step]) for step in range(STEPS + 1)]
+
+
+def write_tar(rows: Path, path: Path) -> Path:
+    """The rows of JSON lines in a webdataset tar, their pictures inside."""
+    with TarWriter(str(path)) as tar:
+        for number, line in enumerate(rows.read_text(encoding="utf-8").splitlines()):
+            row = json.loads(line)
+            pictures = {f"{n}.png": (rows.parent / image).read_bytes() for n, image in enumerate(row.pop("images"))}
+            tar.write({"__key__": f"{number:06d}", "json": row, **pictures})
+    return path
+
+
+def quarantine_of(dataset: Path, path: Path, numbers: Iterable[int]) -> Path:
+    """A quarantine file that names these rows of a dataset file."""
+    records = open_records(dataset)
+    lines = [json.dumps({**named(records[number]), "reason": "it is not liked"}) + "\n" for number in numbers]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
 
 
 def test_a_budget_counts_the_tokens_trained_on(tiny_run: Path, tmp_path: Path) -> None:
-    """Over a kill, on one process (the shared run) and two; the learning rate follows them."""
-    of_rows = tokens_of_rows(tiny_run, 8 * STEPS)
-    seen = {step: sum(of_rows[: 8 * step]) for step in range(STEPS + 1)}
+    """Over a kill, on one process (the shared run) and two; the learning rate follows them.
+
+    Two processes read a tar of the rows and leave some of them out, which only the same on both gives these counts.
+    """
+    train = tiny_run / "shapes" / "artifact" / "train.jsonl"
+    seen = tokens_by_step(tiny_run, train)
     found = {step: value for (step, name), value in losses(tiny_run / "pretrain").items() if name == TOKENS}
     assert found == {step: seen[step] for step in (2, 4, 6)}
     assert Manifest.load(tiny_run / "pretrain" / "artifact").details["tokens"] == seen[STEPS]
 
+    train = write_tar(train, tmp_path / "train.tar")
+    quarantine = quarantine_of(train, tmp_path / "quarantine.jsonl", range(0, 48, 6))
+    all_seen, seen = seen, tokens_by_step(tiny_run, train, quarantine)
+    assert all(seen[step] != all_seen[step] for step in range(1, STEPS + 1))
     run = copy_run(tiny_run, tmp_path / "run", "pretrain")
     budget = seen[3] + 1
     own = ["trainer.max_steps=0", f"data.token_budget={budget}", "trainer.checkpoint_every_steps=2"]
+    own += [f"data.train={train}", f"data.quarantine=[{quarantine}]"]
     arguments = stage_arguments(run, "pretrain", TWO, *own)
     interrupt(arguments, lambda: bool(checkpoints(run / "pretrain")), signal.SIGKILL, tmp_path / "output")
-    succeed(*arguments)
+    assert "train: 48 rows = 40 used + 8 quarantined" in succeed(*arguments)
     details = Manifest.load(run / "pretrain" / "artifact").details
     assert (details["steps"], details["tokens"]) == (4, seen[4])
+    assert details["rows"]["train"] == {"rows": 48, "used": 40, "quarantined": 8}
     logged = losses(run / "pretrain")
     assert {step: value for (step, name), value in logged.items() if name == TOKENS} == {2: seen[2], 4: seen[4]}
     assert logged[4, "train/lr"] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * seen[3] / budget)))

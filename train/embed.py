@@ -76,6 +76,7 @@ class EmbedStage(Stage[EmbedConfig]):
         signals: list[int] = []
         signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
         splits, recipe = self.from_rank_zero(lambda: (self.config.read_splits(), self.recipe()))
+        self._rows = self.from_rank_zero(self._rows_by_place)
         size = self.config.embed.samples_per_shard
         plan = [shard for split in splits for shard in split.plan(recipe, self.config.reads_conversations, size)]
         unfinished = self.from_rank_zero(lambda: self._settle(plan))
@@ -92,9 +93,7 @@ class EmbedStage(Stage[EmbedConfig]):
             num_workers=self.config.embed.num_workers,
             max_bad=self._max_bad(splits),
         )
-        for rows in self._rows.values():
-            rows.prepare()
-        _ = self.processor  # as the rows, before workers are forked, which would each read it again
+        _ = self.processor  # before workers are forked, which would each read it again
         began = time.monotonic()
         num_rows = sum(len(shard.samples) for shard in mine)
         self.compiled = self.config.embed.compile == "always" or (
@@ -347,9 +346,8 @@ class EmbedStage(Stage[EmbedConfig]):
         model = self.config.model
         return load_vae(model.flux, model.vae, self.compute_dtype, self.device).eval()
 
-    @cached_property
-    def _rows(self) -> dict[str, RowsByPlace]:
-        return {split: RowsByPlace(getattr(self.config.data, split)) for split in ("train", "heldout")}
+    def _rows_by_place(self) -> dict[str, RowsByPlace]:
+        return {split: RowsByPlace(getattr(self.config.data, split)) for split in self.config.data.splits}
 
     def read(self, sample: PlannedSample) -> tuple[Row, list[Image.Image]]:
         """A sample's row, and the pictures of it that enter; UserError when they are not those of its address."""

@@ -78,9 +78,7 @@ class PretrainStage(Stage[PretrainConfig]):
         if self.rank == 0:
             remove_incomplete_checkpoints(checkpoints)
         self.barrier()
-        left_out = self.from_rank_zero(config.data.left_out)
-        mixture = Mixture(config.data.train, config.seed, left_out)
-        heldout = Mixture(config.data.heldout, HELDOUT_SEED, left_out)
+        mixture, heldout = self.from_rank_zero(self._mixtures)
         rows = {"train": row_counts(mixture), "heldout": row_counts(heldout)}
         if config.data.quarantine and self.rank == 0:
             for split, counts in rows.items():
@@ -114,6 +112,12 @@ class PretrainStage(Stage[PretrainConfig]):
 
         self.write_artifact(export)
         return True
+
+    def _mixtures(self) -> tuple[Mixture, Mixture]:
+        """Training and held-out rows. Reading files through for them takes minutes for a million rows of tars."""
+        data = self.config.data
+        left_out = data.left_out()
+        return Mixture(data.train, self.config.seed, left_out), Mixture(data.heldout, HELDOUT_SEED, left_out)
 
 
 def row_counts(mixture: Mixture) -> dict[str, int]:

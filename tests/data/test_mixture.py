@@ -1,6 +1,8 @@
 """The training order: every row in every pass, shares as configured, the same for a seed, mistakes named."""
 
 import json
+import pickle
+import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ import pyarrow
 import pytest
 import yaml
 from pyarrow import parquet
+from webdataset import TarWriter
 
 from data.messages import Row
 from data.mixture import Mixture, check_dataset, load_mixture, read_dataset
+from data.quarantine import LeftOut
 from nexus_gen.specs.errors import UserError
 
 
@@ -54,6 +58,29 @@ def test_every_epoch_of_one_file_has_every_row_in_an_order_of_its_own(files: Pat
     assert len(set(epochs)) == 4
     assert order == ids(Mixture(files / "a.jsonl", seed=3), range(40))
     assert order != ids(Mixture(files / "a.jsonl", seed=4), range(40))
+
+
+def test_what_rank_zero_found_is_the_order_of_all(files: Path) -> None:
+    """Also where a file has grown since: a rank that read it itself would have another order."""
+    with TarWriter(str(files / "d.tar")) as tar:
+        for number in range(9):
+            tar.write({"__key__": f"{number}", "json": {"id": f"d{number}", "messages": messages("?")}})
+    path = write_mixture(
+        files,
+        {"path": "a.jsonl", "count": 4},
+        {"path": "b.jsonl", "languages": ["zh"]},
+        {"path": "c.parquet", "captions": {"short": 1}},
+        {"path": "d.tar"},
+    )
+    mixture = Mixture(path, 0, LeftOut({files / "d.tar": {3: "bad"}}))
+    sent = pickle.dumps(mixture)
+    write_texts(files / "a.jsonl", 11)
+    with tarfile.open(files / "d.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("10.json"))
+    received = pickle.loads(sent)
+    assert (len(received), received.num_left_out) == (10 + 7 + 100 + 8, 1)
+    assert ids(received, range(300)) == ids(mixture, range(300))
+    assert len(Mixture(path, 0)) == len(received) + 3
 
 
 def test_counts_are_rows_of_an_epoch_and_passes_over_a_source_are_whole(files: Path) -> None:

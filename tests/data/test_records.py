@@ -112,8 +112,12 @@ def test_every_kind_of_file_gives_the_same_rows(write: Callable[[Path], Path], t
         shown = [open_image(image) for image in r.images]
         assert [image.getpixel((0, 0)) for image in shown] == [(255, 0, 0), (0, 0, 255)]
         assert [read_image_bytes(image) for image in r.images] == [png(colour) for colour in COLOURS]
-    records = pickle.loads(pickle.dumps(open_records(path)))
+    records = open_records(path)
+    unread = pickle.dumps(records)
     assert [records[index] for index in range(len(records))] == list(read_records(path))
+    for sent in (unread, pickle.dumps(records)):
+        received = pickle.loads(sent)
+        assert received.span(0, len(received)) == list(read_records(path))
     assert len({record.where for record in records}) == 5
 
 
