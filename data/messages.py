@@ -89,10 +89,27 @@ class RowError(UserError):
 
 @dataclass
 class Summary:
-    """What `check_rows` counted."""
+    """What `count_rows` counted in a file. rows: good and broken ones. first: what is wrong with the first broken."""
 
+    path: Path
     rows: int = 0
+    broken: int = 0
+    first: str = ""
     tasks: Counter[str] = field(default_factory=Counter)
+
+    def is_good(self, max_bad_fraction: float) -> bool:
+        """Whether no more than that fraction of the rows are broken."""
+        return self.broken <= max_bad_fraction * self.rows
+
+    def check(self, max_bad_fraction: float = 0.0) -> "Summary":
+        """This summary; UserError with the first broken row and the number of all when they are more than that."""
+        if self.is_good(max_bad_fraction):
+            return self
+        if self.broken == 1:
+            raise UserError(self.first)
+        raise UserError(
+            f"{self.first} ({self.broken} of {self.rows} rows are broken; `nexus-gen data check {self.path}` names all)"
+        )
 
 
 def read_rows(path: str | os.PathLike[str], row_format: str = AUTO) -> Iterator[Row]:
@@ -104,21 +121,18 @@ def read_rows(path: str | os.PathLike[str], row_format: str = AUTO) -> Iterator[
         yield parse_record(record, row_format)
 
 
-def check_rows(
+def count_rows(
     path: str | os.PathLike[str],
     check_images: Literal["exists", "open"],
     row_format: str = AUTO,
-    max_bad_fraction: float = 0.0,
     left_out: Collection[int] = (),
 ) -> Summary:
     """Read every row of a dataset file; check_images: `exists` asks the file system, `open` decodes each picture.
 
-    left_out: indices of rows that do not count. Raises UserError with the first broken row and the number of all when
-    they are more than max_bad_fraction of the rows, and for a file without rows.
+    left_out: indices of rows that do not count. Raises UserError for a file without rows; `Summary.check` for others.
     """
-    summary = Summary()
+    summary = Summary(Path(path))
     missing_picture = MissingPictures()
-    num_bad, first = 0, None
     for index, record in enumerate(read_records(path)):
         if index in left_out:
             continue
@@ -131,19 +145,13 @@ def check_rows(
                 for image in row.images:
                     open_image(image)
         except UserError as error:
-            num_bad += 1
-            first = first or error
+            summary.broken += 1
+            summary.first = summary.first or str(error)
         else:
             summary.tasks[row.task] += 1
     if not summary.rows:
         none = f"but the {len(left_out)} that are quarantined" if left_out else "at all"
         raise UserError(f"{path} holds no rows {none}; a row is one JSON object with images and messages")
-    if first and num_bad > max_bad_fraction * summary.rows:
-        if num_bad == 1:
-            raise first
-        raise UserError(
-            f"{first} ({num_bad} of {summary.rows} rows are broken; `nexus-gen data check {path}` names all)"
-        )
     return summary
 
 

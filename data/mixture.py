@@ -33,7 +33,7 @@ import yaml
 
 from data.converters import AUTO, CONVERTERS
 from data.memory import file_facts
-from data.messages import TASKS, Row, RowError, Summary, check_rows, parse_record
+from data.messages import TASKS, Row, RowError, Summary, count_rows, parse_record
 from data.quarantine import NOTHING, LeftOut
 from data.records import ROW_GROUPS_KEPT, Record, open_records
 from nexus_gen.specs.errors import UserError, nearest
@@ -208,25 +208,24 @@ def check_dataset(
 ) -> dict[str, int]:
     """Read every row of a dataset or a mixture and ask whether its pictures exist; returns the rows of each task.
 
-    A file that did not change is read once by a process. Rows that are left out do not count. Raises UserError when a
-    file has more broken rows than that fraction; below it, they are left to the trainer.
+    A file that did not change is read once by a process, and again where too many rows were broken: their pictures may
+    have come since. Rows that are left out do not count. Raises UserError when a file has more broken rows than that
+    fraction; below it, they are left to the trainer.
     """
     spec = load_mixture(path)
     formats = dict.fromkeys((file, source.format) for source in spec.sources for file in source.files)
     tasks = dict.fromkeys(TASKS, 0)
     for file, row_format in formats:
         out = frozenset(left_out.of(file))
-        facts = tuple(file_facts(file)) if file.is_file() else ()
-        for task, count in _checked(file, facts, row_format, max_bad_fraction, out).tasks.items():
+        read = (file, *(file_facts(file) if file.is_file() else ()), row_format, out)
+        if read not in _counted or not _counted[read].is_good(max_bad_fraction):
+            _counted[read] = count_rows(file, "exists", row_format, out)
+        for task, count in _counted[read].check(max_bad_fraction).tasks.items():
             tasks[task] += count
     return {task: count for task, count in tasks.items() if count}
 
 
-@lru_cache(maxsize=256)
-def _checked(
-    file: Path, facts: tuple[int, ...], row_format: str, max_bad_fraction: float, left_out: frozenset[int]
-) -> Summary:
-    return check_rows(file, "exists", row_format, max_bad_fraction, left_out)
+_counted: dict[tuple[Any, ...], Summary] = {}  # by file, its size and times, format and rows that are left out
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from broken import BROKEN, Broken
 
-from data.messages import MissingPictures, RowError, check_rows, parse_record
+from data.messages import MissingPictures, RowError, count_rows, parse_record
 from data.records import open_records, read_records
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import context_size, open_image
@@ -45,5 +45,5 @@ def test_a_broken_row_is_named_and_its_neighbours_are_used(broken: Broken, tmp_p
     assert len(used) + len(found) == broken.num_rows == len(open_records(path))
     if broken.found_by in ("form", "listing"):
         with pytest.raises(UserError) as caught:
-            check_rows(path, check_images="exists")
+            count_rows(path, check_images="exists").check()
         assert str(caught.value).startswith(f"{path}{broken.where}: ")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data.messages import check_rows, read_rows
+from data.messages import count_rows, read_rows
 from nexus_gen.specs.errors import UserError
 
 USER, REPLY = {"role": "user", "content": "<image> what?"}, {"role": "assistant", "content": "a cat"}
@@ -41,7 +41,7 @@ def test_tasks_follow_from_where_the_pictures_are(tmp_path: Path) -> None:
     assert [r.task for r in rows] == ["understanding", "generation", "editing", "text", "editing"]
     assert [r.num_targets for r in rows] == [0, 1, 1, 0, 2]
     assert rows[0].images == [tmp_path / "a.png"]
-    summary = check_rows(path, check_images="open")
+    summary = count_rows(path, check_images="open").check()
     assert (summary.rows, summary.tasks["editing"]) == (5, 2)
 
 
@@ -73,29 +73,29 @@ def test_tasks_follow_from_where_the_pictures_are(tmp_path: Path) -> None:
 def test_a_broken_row_is_refused_by_file_and_line(broken: Any, sentence: str, tmp_path: Path) -> None:
     path = write(tmp_path, row(), broken)
     with pytest.raises(UserError) as caught:
-        check_rows(path, check_images="exists")
+        count_rows(path, check_images="exists").check()
     assert f"{path}:2: " in str(caught.value)
     assert sentence in str(caught.value)
 
 
 def test_keys_of_others_are_tolerated_beside_the_known_ones(tmp_path: Path) -> None:
     path = write(tmp_path, {**row(image_size=[8, 8], idx=3, url="x"), "truth": None})
-    assert check_rows(path, check_images="exists").rows == 1
+    assert count_rows(path, check_images="exists").check().rows == 1
 
 
 def test_files_without_rows_or_without_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
-        check_rows(tmp_path / "no.jsonl", check_images="exists")
+        count_rows(tmp_path / "no.jsonl", check_images="exists").check()
     with pytest.raises(UserError, match="holds no rows"):
-        check_rows(write(tmp_path, "", ""), check_images="exists")
+        count_rows(write(tmp_path, "", ""), check_images="exists").check()
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
-        check_rows(tmp_path / "bytes.jsonl", check_images="exists")
+        count_rows(tmp_path / "bytes.jsonl", check_images="exists").check()
 
 
 def test_a_picture_cut_short_is_found_by_opening(tmp_path: Path) -> None:
     path = write(tmp_path, row())
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
-    check_rows(path, check_images="exists")
+    count_rows(path, check_images="exists").check()
     with pytest.raises(UserError, match=r"a\.png cannot be read"):
-        check_rows(path, check_images="open")
+        count_rows(path, check_images="open").check()

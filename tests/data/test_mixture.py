@@ -196,3 +196,18 @@ def test_broken_rows_below_the_rate_are_left_to_the_trainer(files: Path) -> None
     with pytest.raises(UserError, match=r"a\.jsonl:11: not JSON .*\(2 of 12 rows are broken; `nexus-gen data check"):
         check_dataset(path, max_bad_fraction=0.1)
     assert check_dataset(path, max_bad_fraction=0.2) == {"text": 17}
+
+
+def test_rows_are_read_once_whatever_may_be_broken_of_them(tmp_path: Path) -> None:
+    """And again where too many were: their pictures may have come since, as they do while an earlier stage runs."""
+    looks = [{"images": [f"{n}.png"], "messages": messages("<image>?")} for n in range(10)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in looks))
+    for number in range(9):
+        (tmp_path / f"{number}.png").touch()
+    assert check_dataset(path, max_bad_fraction=0.1) == {"understanding": 9}
+    with pytest.raises(UserError, match=r"a\.jsonl:10: picture .*9\.png does not exist"):
+        check_dataset(path)
+    (tmp_path / "9.png").touch()
+    assert check_dataset(path, max_bad_fraction=0.5) == {"understanding": 9}
+    assert check_dataset(path) == check_dataset(path, max_bad_fraction=0.5) == {"understanding": 10}

@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from data import shapes
-from data.messages import check_rows, read_rows
+from data.messages import count_rows, read_rows
 from data.scenes import CELLS, CHINESE, COLOURS, GROUNDS, NEW_NAMES, SHAPES, Scene, Thing, draw, name, renamed
 from data.shape_contents import (
     CAPTIONS,
@@ -82,7 +82,7 @@ def test_rows_are_messages_of_the_task_that_their_truth_names(dataset):
     directory, counts = dataset
     tasks: Counter[str] = Counter()
     for split in shapes.SPLITS:
-        tasks += check_rows(directory / f"{split}.jsonl", check_images="open").tasks
+        tasks += count_rows(directory / f"{split}.jsonl", check_images="open").check().tasks
     assert tasks == counts["task"]
     assert counts["split"] == {split: getattr(CONFIG, f"num_{split}") for split in shapes.SPLITS}
     for row in rows_of(directory):
@@ -240,7 +240,7 @@ def test_answers_follow_from_the_truth(dataset):
 def test_training_conversations_ask_several_questions_of_one_picture(tmp_path):
     config = dataclasses.replace(SMALL, generation=0.0, editing=0.0, num_questions=5, chinese_fraction=0.0)
     shapes.draw_rows(tmp_path, config, seed=3, num_workers=1)
-    assert check_rows(tmp_path / "train.jsonl", check_images="open").rows == SMALL.num_train
+    assert count_rows(tmp_path / "train.jsonl", check_images="open").check().rows == SMALL.num_train
     answers: Counter[str] = Counter()
     lengths: defaultdict[tuple[str, int], set[int]] = defaultdict(set)
     for row in rows_of(tmp_path):
@@ -409,7 +409,7 @@ def test_command_writes_an_artifact_and_replaces_it(tmp_path, capsys):
     assert manifest.details["split"] == {"train": 20, "heldout": 5, "compositional": 4}
     assert "20 train" in capsys.readouterr().out
     assert shapes.main(["shapes", str(out), *COMMAND, "--num-train", "4"]) == 0
-    assert check_rows(out / "train.jsonl", check_images="open").rows == 4
+    assert count_rows(out / "train.jsonl", check_images="open").check().rows == 4
     assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
 
 
