@@ -39,9 +39,14 @@ COMMANDS = {
 VARIABLES = {"NEXUS_GEN_RUNS": "where runs are written when runs_dir is not given"}
 
 
+def listed(family: str = "") -> list[str]:
+    """A line for each command, or for those of two words that begin with `family`."""
+    names = [name for name in COMMANDS if not family or name.startswith(f"{family} ")]
+    width = max(map(len, names), default=0)
+    return [f"  {name:<{width}}  {COMMANDS[name][1]}" for name in names]
+
+
 def usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
     variables = [f"  {name}  {meaning}" for name, meaning in VARIABLES.items()]
     return "\n".join(
         [
@@ -50,7 +55,7 @@ def usage() -> str:
             "Train and use one model that understands, generates and edits images.",
             "",
             "commands:",
-            *lines,
+            *listed(),
             "",
             "`nexus-gen COMMAND --help` says more.",
             "",
@@ -79,6 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
+        return 0
+    if argv[0] not in COMMANDS and argv[1:] in ([], ["-h"], ["--help"]) and (family := listed(argv[0])):
+        print(f"usage: nexus-gen {argv[0]} COMMAND [ARGUMENTS]", "", *family, sep="\n")
         return 0
     try:
         check_environment()

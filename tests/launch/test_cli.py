@@ -34,6 +34,9 @@ def test_help_lists_every_command() -> None:
     assert shown.returncode == 0
     for command in ("run", "data shapes", "data check", "understand", "generate", "edit", "evaluate", "report"):
         assert f"  {command} " in shown.stdout
+    for arguments in (["shards"], ["shards", "--help"]):
+        lines = nexus_gen(*arguments).stdout.splitlines()
+        assert [line.split()[1] for line in lines[2:]] == ["verify", "repair", "stats", "show"]
 
 
 @pytest.mark.parametrize(
