@@ -122,7 +122,10 @@ def read_patch_size(qwen: Path) -> int:
                 return int(values.get("image_processor", values)["patch_size"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{qwen / name} gives no patch_size ({error!r}); download it again") from error
-    raise UserError(f"{qwen} holds no preprocessor_config.json; give a Qwen2.5-VL directory with its processor")
+    raise UserError(
+        f"{qwen} holds no preprocessor_config.json; give a Qwen2.5-VL directory with its processor "
+        "(model.qwen, or --model)"
+    )
 
 
 def load_tokenizer(qwen: Path) -> "Tokenizer":
