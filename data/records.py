@@ -234,6 +234,7 @@ class MessageTar(Records):
         try:
             with tarfile.open(self.path, "r:") as tar:
                 for member in tar:
+                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all, as webdataset knows
                     if member.isdir():
                         continue
                     directory, name = os.path.split(member.name)
