@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import ImageMember
@@ -281,18 +281,30 @@ class MessageTar(Records):
         return self._indices.get(str(line))
 
     def __getitem__(self, index: int) -> Record:
+        return self.span(index, index + 1)[0]
+
+    def span(self, first: int, last: int) -> list[Record]:
+        with open(self.path, "rb") as file:
+            return [self._read(file, index) for index in range(first, last)]
+
+    def __iter__(self) -> Iterator[Record]:
+        with open(self.path, "rb") as file:
+            for index in range(len(self)):
+                yield self._read(file, index)
+
+    def _read(self, file: BinaryIO, index: int) -> Record:
         key, places, problem = self._sample(index)
         if problem:
             return self._record(key, None, "tar", problem)
         directory, name = os.path.split(key)
+        pictures = sorted((other for other in places if other.lower().endswith(IMAGE_SUFFIXES)), key=_by_number)
         members = {
-            name: ImageMember(f"{self.path}:{os.path.join(directory, name)}", self.path, *place)
-            for name, place in places.items()
+            picture: ImageMember(f"{self.path}:{os.path.join(directory, picture)}", self.path, *places[picture])
+            for picture in pictures
         }
-        row = f"{name}.json"
-        pictures = sorted((name for name in members if name.lower().endswith(IMAGE_SUFFIXES)), key=_by_number)
-        more = {"members": {name: members[name] for name in pictures}}
-        return self._decoded(f"{key}.json", members[row].read(), **more)
+        offset, size = places[f"{name}.json"]
+        file.seek(offset)
+        return self._decoded(f"{key}.json", file.read(size), members=members)
 
 
 FORMATS: dict[str, type[Records]] = {
