@@ -218,6 +218,7 @@ def build_qwen(
             standins.vision_batch_size,
             seed,
             num_target_tokens,
+            standins.vision_recoloured,
         )
     else:
         initialise_vision(tower, seed)

@@ -107,6 +107,7 @@ def fit_vision(
     batch_size: int,
     seed: int,
     num_target_tokens: int = RELEASED_TARGET_TOKENS,
+    recoloured_fraction: float = 0.0,
 ) -> dict[str, float]:
     """Train the tower in place to describe every token linearly; returns how well it does on pictures left out.
 
@@ -114,7 +115,8 @@ def fit_vision(
     and size of the object that reaches into the cell. Learned on every grid that it will see: that of references, that
     of targets and, where it is another, that of these pictures as context.
     pictures: (N, 3, S, S) uint8, on the device to train on, where the tower stays. The same device makes the same
-    weights.
+    weights. recoloured_fraction: of the pictures of a step, which are shown in random colours and teach no colour's
+    name, so that a shape is told in colours in which it was never drawn.
     """
     device, side, patch = pictures.device, pictures.shape[-1], processor.image_processor.patch_size
     target, context = patches_per_side(num_target_tokens), context_size(side, side, patch, 4 * side**2)[0] // patch
@@ -138,10 +140,13 @@ def fit_vision(
         grid = grids[step % len(grids)]
         count = max(1, batch_size // REFERENCE_SHARE) if grid == REFERENCE_GRID else batch_size
         index = held_out + torch.randint(len(pictures) - held_out, (count,), generator=generator, device=device)
-        batch = in_unit_range(pictures[index])
+        batch, wanted = in_unit_range(pictures[index]), labels[grid][index]
+        if recoloured := round(recoloured_fraction * count):
+            batch[:recoloured] = in_random_colours(batch[:recoloured], generator)
+            wanted[:recoloured, ..., FACTS.index("colour")] = -1
         embeds = heads.normalise(embed(tower, processor, batch, grid))
         embeds = embeds + EMBED_NOISE * torch.randn(embeds.shape, generator=generator, device=device)
-        losses = heads.losses(embeds, batch, labels[grid][index])
+        losses = heads.losses(embeds, batch, wanted)
         loss = losses["cell"] * CELL_WEIGHT + losses["place"] * PLACE_WEIGHT + losses["facts"] * FACT_WEIGHT
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -214,6 +219,12 @@ def reinitialise(tower: VisionTower) -> None:
         else:
             gain = 0.3 if name.endswith(("attn.proj.weight", "mlp.down_proj.weight")) else 1.0
             nn.init.normal_(parameter, std=gain * parameter[0].numel() ** -0.5)
+
+
+def in_random_colours(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1], the colours of each turned about mid grey or mirrored there, and clipped."""
+    turns, _ = torch.linalg.qr(torch.randn(len(pictures), 3, 3, generator=generator, device=pictures.device))
+    return torch.einsum("bij,bjhw->bihw", turns, pictures).clamp(-1, 1)
 
 
 def embed(tower: VisionTower, processor: Any, pictures: Tensor, grid: int) -> Tensor:

@@ -23,7 +23,7 @@ from train.schemas.stages import StandinsConfig, StandinsModelConfig
 from train.standins import build_standins
 from train.tiny_tokenizers import QWEN_SPECIAL_TOKENS, train_clip_tokenizer, train_qwen_tokenizer
 from train.tiny_vae import build_vae, fit_vae, in_unit_range, reconstruction_psnr, stacked
-from train.tiny_vision import fit_vision, patch_values, target_embeddings, token_labels
+from train.tiny_vision import fit_vision, in_random_colours, patch_values, target_embeddings, token_labels
 
 SIZE = 32
 MODEL = StandinsModelConfig(
@@ -41,6 +41,7 @@ STANDINS = StandinsConfig(
     vae_batch_size=8,
     vision_steps=0,
     vision_batch_size=8,
+    vision_recoloured=0.0,
     num_images=24,
 )
 CORPUS = [
@@ -206,6 +207,31 @@ def test_a_fitted_tower_tells_more_the_longer_it_is_fitted(built, num_target_tok
         scores.append(fit_vision(tower, processor, stacked(IMAGES), unknown, *how))
     assert scores[0].keys() == {"cell_r2", "place_r2"}  # no ground truth, so no facts
     assert scores[1]["cell_r2"] > scores[0]["cell_r2"] + 0.1
+
+
+def test_random_colours_keep_mid_grey_and_the_distances_between_colours():
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.zeros(2, 3, 1, 3)
+    pictures[:, 0, 0, 1], pictures[:, 1, 0, 2] = 0.5, 0.5  # grey, red, green
+    grey, red, green = in_random_colours(pictures, generator)[:, :, 0].unbind(-1)
+    torch.testing.assert_close(grey, torch.zeros(2, 3))
+    torch.testing.assert_close((red - green).norm(dim=1), torch.full((2,), 0.5**0.5))
+    assert (red[0] - red[1]).norm() > 0.1
+    assert (red - pictures[:, :, 0, 1]).norm(dim=1).min() > 0.1
+
+
+def test_a_tower_is_fitted_to_other_colours_too(built):
+    qwen = built[0] / "Qwen2.5-VL-Instruct"
+    processor = load_processor(qwen)
+    known = [[{"shape": "circle", "colour": "red", "size": "large", "bbox": [0.2, 0.2, 0.8, 0.8]}]] * len(IMAGES)
+    pictures, fitted = stacked(IMAGES), []
+    for recoloured in (0.0, 0.5):
+        tower = load_autoregressive(qwen, dtype=torch.float32).model.visual
+        scores = fit_vision(tower, processor, pictures, known, 2, 4, 0, 81, recoloured)
+        assert scores.keys() == {"cell_r2", "place_r2", "shape_accuracy", "colour_accuracy", "size_accuracy"}
+        fitted.append(tower.merger.mlp[-1].weight.detach().clone())
+    assert not torch.equal(*fitted)
+    assert torch.equal(pictures, stacked(IMAGES))
 
 
 def test_pictures_are_cut_into_patches_as_the_processor_does(built):

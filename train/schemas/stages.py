@@ -113,7 +113,8 @@ class StandinsConfig:
     """Geometry of the tiny models that have no config of their own yet, and how long two of them are fitted.
 
     vae_steps, vision_steps: batches of vae_batch_size and vision_batch_size pictures; vision_steps 0 leaves the vision
-    tower random, initialised to keep what it sees. num_images: pictures to fit to.
+    tower random, initialised to keep what it sees. vision_recoloured: the fraction of those pictures that are shown in
+    random colours, so that a shape is told in colours in which it was never drawn. num_images: pictures to fit to.
     """
 
     vision: VisionGeometry
@@ -124,6 +125,7 @@ class StandinsConfig:
     vae_batch_size: int
     vision_steps: int
     vision_batch_size: int
+    vision_recoloured: float
     num_images: int
 
 
@@ -147,6 +149,10 @@ class StandinsStageConfig(StageConfig):
     def check(self) -> None:
         super().check()
         self.model.check()
+        if not 0 <= self.standins.vision_recoloured <= 1:
+            raise UserError(
+                f"standins.vision_recoloured is {self.standins.vision_recoloured}; it is a share from 0 to 1"
+            )
 
     def inputs(self) -> dict[str, Path]:
         return message_inputs(self.data)
