@@ -17,6 +17,7 @@ from data.checks import KINDS, LEVELS, WARNING, RowChecker
 from data.converters import AUTO, CONVERTERS
 from data.doctor_report import QuarantineFile, print_table, write_page
 from data.examine import examine, open_datasets
+from data.mixture import asked_in_vain, load_mixture
 from data.token_lengths import TokenLengths
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS
@@ -147,6 +148,8 @@ def main(argv: list[str]) -> int:
         if quarantine and not report.stopped:
             quarantine.keep()
     report.settings = settings_line(given.images, lengths, checker.max_length)
+    if not report.stopped:
+        report.mistakes = [line for _, path in roles for line in asked_in_vain(load_mixture(path), report.datasets)]
     print_table(report)
     if given.report:
         write_page(report, given.report)
@@ -157,7 +160,7 @@ def main(argv: list[str]) -> int:
             if report.stopped
             else f"quarantine: {given.quarantine} (data.quarantine=[{given.quarantine}] leaves its rows out of a run)"
         )
-    if report.num_quarantined:
+    if report.num_quarantined or report.mistakes:
         return 2
     return int(given.strict and bool(report.rows_with))
 

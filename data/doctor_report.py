@@ -146,8 +146,10 @@ def print_table(report: "Report") -> None:
         print()
     if report.stopped:
         print(f"stopped at {report.num_quarantined:,} broken rows (--max-errors); the counts are of what was read")
-    elif not report.rows_with:
+    elif not report.rows_with and not report.mistakes:
         print("nothing is wrong")
+    for mistake in report.mistakes:
+        print(printable(f"error    {mistake}"))
 
 
 def thumbnail(source: StoredImage) -> str:

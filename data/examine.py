@@ -70,6 +70,7 @@ class ChunkReport:
     about: dict[int, About]
     tasks: Counter[str]
     languages: Counter[str]
+    labels: set[str]
     histograms: dict[str, Histogram]
 
 
@@ -141,6 +142,7 @@ class DatasetReport:
     left_out: int = 0
     tasks: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
+    labels: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -148,6 +150,7 @@ class Report:
     """What the doctor found. rows_with: kind -> number of rows. num_distinct: pictures to train on.
 
     errors: warnings that are to be errors here. stopped: before the end, at as many broken rows as were allowed.
+    mistakes: of mixtures.
     """
 
     datasets: list[DatasetReport] = field(default_factory=list)
@@ -158,6 +161,7 @@ class Report:
     errors: frozenset[str] = frozenset()
     settings: str = ""
     stopped: bool = False
+    mistakes: list[str] = field(default_factory=list)
 
     def severity(self, kind: str) -> str:
         """Of a kind of problem; one that is not known is an error."""
@@ -227,6 +231,7 @@ def check_chunk(chunk: Chunk) -> ChunkReport:
         about={index: about(*loaded[index - chunk.first]) for index in problems},
         tasks=Counter(row.task for _, row in good),
         languages=Counter(row.language for _, row in good),
+        labels={label for _, row in good for label in row.labels},
         histograms=histograms,
     )
 
@@ -247,6 +252,7 @@ class Doctor:
         self._compare_pictures(number, chunk)
         dataset.tasks += chunk.tasks
         dataset.languages += chunk.languages
+        dataset.labels |= chunk.labels
         for name, histogram in chunk.histograms.items():
             self.report.histograms[name].counts += histogram.counts
         quarantined = 0

@@ -62,6 +62,11 @@ class Row:
         """zh or en, by the characters of all messages."""
         return language_of("".join(message["content"] for message in self.messages))
 
+    @property
+    def labels(self) -> set[str]:
+        """Of texts to choose from."""
+        return {label for choice in self.choices for label in choice}
+
     def drawn(self, generator: np.random.Generator, label_weights: Mapping[str, float] | None = None) -> "Row":
         """This row with one text of every choice: a label by weight (all alike unless given), then any of its texts.
 
@@ -89,13 +94,17 @@ class RowError(UserError):
 
 @dataclass
 class Summary:
-    """What `count_rows` counted in a file. rows: good and broken ones. first: what is wrong with the first broken."""
+    """What `count_rows` counted in a file.
+
+    rows: good and broken ones. first: what is wrong with the first broken. labels: of texts to choose from.
+    """
 
     path: Path
     rows: int = 0
     broken: int = 0
     first: str = ""
     tasks: Counter[str] = field(default_factory=Counter)
+    labels: set[str] = field(default_factory=set)
 
     def is_good(self, max_bad_fraction: float) -> bool:
         """Whether no more than that fraction of the rows are broken."""
@@ -149,6 +158,7 @@ def count_rows(
             summary.first = summary.first or str(error)
         else:
             summary.tasks[row.task] += 1
+            summary.labels |= row.labels
     if not summary.rows:
         none = f"but the {len(left_out)} that are quarantined" if left_out else "at all"
         raise UserError(f"{path} holds no rows {none}; a row is one JSON object with images and messages")

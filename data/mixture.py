@@ -21,12 +21,13 @@ and a resumed run, see the same. No torch here.
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import yaml
@@ -210,22 +211,51 @@ def check_dataset(
 
     A file that did not change is read once by a process, and again where too many rows were broken: their pictures may
     have come since. Rows that are left out do not count. Raises UserError when a file has more broken rows than that
-    fraction; below it, they are left to the trainer.
+    fraction (below it, they are left to the trainer), and for what a mixture asks for in vain.
     """
     spec = load_mixture(path)
     formats = dict.fromkeys((file, source.format) for source in spec.sources for file in source.files)
     tasks = dict.fromkeys(TASKS, 0)
+    found: list[Summary] = []
     for file, row_format in formats:
         out = frozenset(left_out.of(file))
         read = (file, *(file_facts(file) if file.is_file() else ()), row_format, out)
         if read not in _counted or not _counted[read].is_good(max_bad_fraction):
             _counted[read] = count_rows(file, "exists", row_format, out)
-        for task, count in _counted[read].check(max_bad_fraction).tasks.items():
+        found.append(_counted[read].check(max_bad_fraction))
+        for task, count in found[-1].tasks.items():
             tasks[task] += count
+    for mistake in asked_in_vain(spec, found):
+        raise UserError(mistake)
     return {task: count for task, count in tasks.items() if count}
 
 
 _counted: dict[tuple[Any, ...], Summary] = {}  # by file, its size and times, format and rows that are left out
+
+
+class Found(Protocol):
+    """What reading a file found in it."""
+
+    path: Path
+    tasks: Counter[str]
+    labels: set[str]
+
+
+def asked_in_vain(spec: MixtureSpec, found: Iterable[Found]) -> Iterator[str]:
+    """What the sources of a mixture say of tasks and labels that none of their rows have."""
+    of_path: dict[Path, list[Found]] = {}
+    for of_file in found:
+        of_path.setdefault(of_file.path, []).append(of_file)
+    for number, source in enumerate(spec.sources, start=1):
+        own = [of_file for file in source.files for of_file in of_path[file]]
+        if source.tasks and not any(of_file.tasks[task] for of_file in own for task in source.tasks):
+            yield f"{spec.path}, source {number}: {source.path} holds no {' '.join(source.tasks)} rows; take it out"
+            continue
+        labels = {label for of_file in own for label in of_file.labels if label}
+        for label in source.captions:
+            if label not in labels:
+                hint = nearest(label, labels) or "; they have none"
+                yield f"{spec.path}, source {number}: captions weighs {label!r}, no label of its texts{hint}"
 
 
 @dataclass(frozen=True)

@@ -324,7 +324,8 @@ def open_records(path: str | os.PathLike[str]) -> Records:
     path = Path(path)
     kind = FORMATS.get(path.suffix.lower())
     if kind is None:
-        raise UserError(f"{path} is no dataset of messages; a file ends in one of {', '.join(FORMATS)}")
+        endings = f"{', '.join(FORMATS)}, a mixture of several in .yaml"
+        raise UserError(f"{path} is no dataset of messages; a file ends in one of {endings}")
     try:
         with open(path, "rb") as file:
             head = file.read(4096)

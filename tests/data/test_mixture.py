@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from pyarrow import parquet
 from webdataset import TarWriter
 
+from data.doctor import main as data_check
 from data.messages import Row
 from data.mixture import Mixture, check_dataset, load_mixture, read_dataset
 from data.quarantine import LeftOut
@@ -187,6 +189,33 @@ def test_a_weight_that_draws_nothing_is_refused(files: Path) -> None:
     path = write_mixture(files, {"path": "a.jsonl", "weight": 999}, {"path": "b.jsonl", "weight": 1})
     with pytest.raises(UserError, match="source 2 has weight 1 of 1000, less than one of 17 rows"):
         Mixture(path, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "mistake"),
+    [
+        (
+            {"captions": {"long": 2, "shrt": 1}},
+            "captions weighs 'shrt', no label of its texts; did you mean 'short'",
+        ),
+        ({"tasks": ["editing", "text"]}, r"d\.jsonl holds no editing text rows; take it out"),
+    ],
+)
+def test_what_a_mixture_asks_for_in_vain_is_named(
+    asked: dict[str, Any], mistake: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions = {"image": "a.png", "captions": {"long": "a very red square", "short": "red"}}
+    (files / "a.png").touch()
+    (files / "d.jsonl").write_text(json.dumps(captions) + "\n")
+    path = write_mixture(files, {"path": "a.jsonl", "tasks": ["text"]}, {"path": "d.jsonl", **asked})
+    with pytest.raises(UserError, match=rf"mixture\.yaml, source 2: .*{mistake}"):
+        check_dataset(path)
+    assert data_check(["check", str(path), "--images", "exists", "--num-workers", "1"]) == 2
+    said = capsys.readouterr().out
+    assert re.search(rf"error    .*mixture\.yaml, source 2: .*{mistake}", said) and "nothing is wrong" not in said
+    good = write_mixture(files, {"path": "d.jsonl", "tasks": ["generation"], "captions": {"short": 1}})
+    assert check_dataset(good) == {"generation": 1}
+    assert data_check(["check", str(good), "--images", "exists", "--num-workers", "1"]) == 0
 
 
 def test_broken_rows_below_the_rate_are_left_to_the_trainer(files: Path) -> None:
