@@ -21,6 +21,7 @@ from nexus_gen.specs.errors import UserError, nearest
 from train.schemas.failures import STOPPED
 from train.schemas.fields import as_yaml, keys
 from train.schemas.run_directory import (
+    TIMING,
     created_at,
     forget_request,
     identity,
@@ -190,7 +191,7 @@ def run_stage(config: StageConfig, crew: Crew, again: bool) -> int:
         began = time.monotonic()
         status = crew.run(config, lock)
         took = time.monotonic() - began
-        with open(config.run_dir / "timing.jsonl", "a", encoding="utf-8") as file:
+        with open(config.run_dir / TIMING, "a", encoding="utf-8") as file:
             facts = {"seconds": round(took, 1), "processes": config.launch.world_size, "status": status}
             file.write(json.dumps(facts) + "\n")
     if status == STOPPED or (status == 0 and created_at(config) == before):

@@ -7,7 +7,6 @@ import argparse
 import base64
 import dataclasses
 import io
-import json
 import logging
 import os
 import shutil
@@ -25,7 +24,7 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import default_run, results_of
 from train.gain import Gain, gains_of, summary
 from train.metrics import read_metrics
-from train.schemas.run_directory import load_config
+from train.schemas.run_directory import load_config, timing_of
 from train.schemas.stages import SCHEMAS, DecoderConfig, PretrainConfig, StageConfig
 
 log = logging.getLogger(__name__)
@@ -60,15 +59,15 @@ def stage_rows(run: Path) -> list[StageRow]:
         if not (directory / "artifact" / MANIFEST).is_file():
             continue
         manifest = Manifest.load(directory / "artifact")
-        timing = [json.loads(line) for line in (directory / "timing.jsonl").read_text(encoding="utf-8").splitlines()]
+        seconds, processes = timing_of(directory)
         metrics = read_metrics(directory)
         rates = [row["perf/samples_per_s"] for row in metrics if "perf/samples_per_s" in row]
         rows.append(
             StageRow(
                 name=name,
                 made=manifest.kind,
-                seconds=sum(line["seconds"] for line in timing),
-                processes=timing[-1]["processes"],
+                seconds=seconds,
+                processes=processes,
                 steps=int(metrics[-1]["step"]) if metrics else 0,
                 samples_per_s=sum(rates) / len(rates) if rates else 0.0,
                 commit=manifest.code["commit"],

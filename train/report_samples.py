@@ -19,6 +19,7 @@ from train.schemas.run_directory import load_config
 from train.schemas.stages import DecoderConfig, PretrainConfig
 
 MAX_ANSWER_TOKENS = 24
+PICTURES = {"generation": 1, "editing": 2}  # of a row, where the page has room for so many
 
 
 @dataclasses.dataclass
@@ -84,8 +85,12 @@ def models(run: Path, decoder: str, device: str, with_start: bool) -> tuple[Nexu
 
 
 def first_rows(rows: list[Row], task: str, count: int) -> list[Row]:
-    """Held-out rows of a task whose reply holds at most one picture, of its categories in turn."""
-    fitting = [row for row in rows if row.task == task and len(row.messages) == 2]
+    """Held-out rows of a task, of one exchange about as many pictures as are shown, of its categories in turn."""
+    fitting = [
+        row
+        for row in rows
+        if row.task == task and len(row.messages) == 2 and len(row.images) == PICTURES.get(task, len(row.images))
+    ]
     turns: dict[str, list[Row]] = {}
     for row in fitting:
         turns.setdefault((row.truth or {}).get("category", ""), []).append(row)
@@ -126,11 +131,13 @@ def draw_samples(run: Path, rows: list[Row], num_samples: int, device: str, with
     for row in first_rows(rows, "editing", num_samples):
         user, reply = (message["content"] for message in row.messages)
         source, truth = (open_image(path) for path in row.images)
-        embeds, reference = editor.imagine(user, reply, [source]), editor.source_embeds(source)
+        embeds = editor.imagine(user, reply, [source])
+        reference = editor.source_embeds(source) if editor.sees_source else None
         before = None
         if untrained_editor:
             imagined = untrained_editor.imagine(user, reply, [source])
-            before = untrained_editor.paint(imagined, untrained_editor.source_embeds(source))[0]
+            seen = untrained_editor.source_embeds(source) if untrained_editor.sees_source else None
+            before = untrained_editor.paint(imagined, seen)[0]
         editing.append(
             EditingSample(
                 instruction=prompt_of(row),

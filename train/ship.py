@@ -27,7 +27,7 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.lineage import evaluations_of, parts_of
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths
 from train.schemas.fields import path_values
-from train.schemas.run_directory import code_version
+from train.schemas.run_directory import TIMING, code_version, timing_of
 from train.schemas.stages import SCHEMAS
 
 # stage -> patterns of what its artifact gives; `shapes` gives rows, by `ship_rows`.
@@ -38,7 +38,7 @@ FILES = {
     "editing_decoder": ("*",),
 }
 REPLACED = ("FLUX.1-dev/flux1-dev.safetensors",)  # by the transformers of both decoders
-RECORDS = ("config.yaml", "environment.json", "timing.jsonl", "metrics.jsonl")
+RECORDS = ("config.yaml", "environment.json", TIMING, "metrics.jsonl")
 ROW_SPLITS = ("heldout", "compositional")
 DTYPES = ("float16", "bfloat16")
 RUNS_DIR = "runs"  # of paths inside the run, which readers move to where it is
@@ -80,6 +80,8 @@ def main(argv: list[str]) -> int:
     if missing:
         raise UserError(f"{run} has not finished {', '.join(missing)}; nexus-gen run pipeline=... goes on from there")
     require_replaceable(output)
+    if arguments.num_rows < 0:
+        raise UserError(f"--num-rows is {arguments.num_rows}; it must be 0 or more")
     with building(output) as directory:
         details: dict[str, Any] = {
             "made_by": arguments.made_by,
@@ -127,7 +129,7 @@ def num_bytes(path: Path) -> int:
 def lineage(run: Path, stage: str) -> dict[str, Any]:
     """What made an artifact: config, inputs by fingerprint, code, seconds, processes; a shipped run tells on."""
     manifest = Manifest.load(run / stage / "artifact")
-    timing = [json.loads(line) for line in (run / stage / "timing.jsonl").read_text(encoding="utf-8").splitlines()]
+    seconds, processes = timing_of(run / stage)
     return {
         "kind": manifest.kind,
         "fingerprint": manifest.fingerprint,
@@ -135,8 +137,8 @@ def lineage(run: Path, stage: str) -> dict[str, Any]:
         "inputs": manifest.inputs,
         "code": manifest.code,
         "created_at": manifest.created_at,
-        "seconds": sum(line["seconds"] for line in timing),
-        "processes": timing[-1]["processes"],
+        "seconds": seconds,
+        "processes": processes,
     }
 
 
@@ -262,6 +264,8 @@ def ship_scores(evaluations: list[Path], directory: Path) -> None:
     for evaluation in evaluations:
         manifest = Manifest.load(evaluation).require("evaluation", evaluation)
         target = directory / "evaluation" / manifest.config["split"]
+        if target.exists():
+            raise UserError(f"--scores holds two evaluations of the split {target.name}; give one of each")
         target.mkdir(parents=True)
         shutil.copyfile(evaluation / "scores.json", target / "scores.json")
         seal_shipped(target, manifest)

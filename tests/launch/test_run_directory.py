@@ -10,7 +10,7 @@ from launch.compose import Override, compose_stage
 from nexus_gen.specs.artifact import Manifest, seal
 from nexus_gen.specs.errors import UserError
 from train.schemas import run_directory
-from train.schemas.run_directory import identity, load_config, made_by, request_another, with_added
+from train.schemas.run_directory import identity, load_config, made_by, request_another, timing_of, with_added
 from train.schemas.stages import StageConfig
 
 
@@ -114,9 +114,11 @@ def test_a_requested_try_is_gone_on_from_until_its_artifact_is_there(runs: Path)
     finished = attempt(stage(runs))
     finish(stage(runs))
     timing = stage(runs).run_dir / "timing.jsonl"
-    timing.touch()
+    timing.write_text('{"seconds": 2.5, "processes": 1}\n{"seconds": 1.5, "processes": 2}\n', encoding="utf-8")
+    assert timing_of(timing.parent) == (4, 2)
     request_another(stage(runs))
-    assert not unchanged(stage(runs)) and not finished.exists() and not timing.exists()
+    assert not unchanged(stage(runs)) and not finished.exists()
+    assert timing_of(timing.parent) == (0, 0)
     checkpoint = attempt(stage(runs))
     prepare(stage(runs))
     assert checkpoint.exists()
@@ -178,6 +180,13 @@ def test_quarantine_files_are_held_against_the_dataset_first(runs: Path, caplog:
     quarantine.write_text(quarantine.read_text().replace("rows.jsonl", "a.jsonl").replace("heldout.jsonl", "b.jsonl"))
     with pytest.raises(UserError, match=r"names rows of .*a\.jsonl, .*, and of no file of data.train and data.heldout"):
         pretrain(quarantine).preflight()
+
+
+def test_what_is_no_recorded_config_is_refused(runs: Path) -> None:
+    for text in ("", "stage: [1]", "{stage: pretrian, name: tiny, runs_dir: runs}"):
+        (runs / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match="is not the config of a stage; run the stage again"):
+            load_config(runs)
 
 
 def test_a_recorded_config_follows_its_run(runs: Path) -> None:

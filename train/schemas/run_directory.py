@@ -15,11 +15,12 @@ from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from train.schemas.failures import forget_failures
 from train.schemas.fields import as_yaml, counted_keys, fingerprint_values, input_fingerprints, keys, path_values, typed
-from train.schemas.stages import StageConfig
+from train.schemas.stages import SCHEMAS, StageConfig
 
 PACKAGES = ("torch", "transformers", "ms-swift", "deepspeed", "lightning", "diffsynth", "webdataset", "safetensors")
 CHECKPOINTS = "checkpoints"
 QUARANTINE = "quarantine"  # the bad rows that training came across
+TIMING = "timing.jsonl"  # a line for each start of the latest try
 IDENTITY = "identity.json"  # beside the checkpoints: the config values and inputs that they belong to
 REQUEST = "from.json"  # in the run: the from=... that is under way
 # Keys that configs of earlier versions lack, with the values that stand for what those versions did.
@@ -115,7 +116,7 @@ def forget_try(config: StageConfig) -> None:
     for name in left:
         if (config.run_dir / name).exists():
             shutil.rmtree(config.run_dir / name)
-    (config.run_dir / "timing.jsonl").unlink(missing_ok=True)
+    (config.run_dir / TIMING).unlink(missing_ok=True)
 
 
 def prepare(config: StageConfig, wanted: dict[str, Any]) -> Path:
@@ -144,12 +145,28 @@ def prepare(config: StageConfig, wanted: dict[str, Any]) -> Path:
     return path
 
 
+def timing_of(stage_dir: Path) -> tuple[float, int]:
+    """(seconds of all starts of the latest try, processes of the last one); zeros when there is no record of any.
+
+    There is none beside the artifact of an earlier try while a new one runs.
+    """
+    path = stage_dir / TIMING
+    starts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return sum(start["seconds"] for start in starts), starts[-1]["processes"] if starts else 0
+
+
 def load_config(stage_dir: Path) -> StageConfig:
     """The recorded config of a stage, of an earlier version too; paths inside its run follow it to where it is now."""
     path = stage_dir / "config.yaml"
     if not path.is_file():
         raise UserError(f"{path} does not exist; {stage_dir} is not the directory of a stage that was started")
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if (
+        not isinstance(values, dict)
+        or not {"stage", "name", "runs_dir"} <= values.keys()
+        or values["stage"] not in SCHEMAS
+    ):
+        raise UserError(f"{path} is not the config of a stage; run the stage again, which writes it")
     run = stage_dir.absolute().parent
     recorded = Path(values["runs_dir"]) / values["name"]
     for section, leaf in path_values(values["stage"], values):
