@@ -64,14 +64,16 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--run", type=Path, default=Path("runs/shapes"), help="what arms start from (%(default)s)")
     result.add_argument("--output", type=Path, help="directory to write (default: ablations, beside the run)")
-    result.add_argument("--seeds", type=seeds, default=[42], metavar="N,N", help="train each arm with each (42)")
+    result.add_argument(
+        "--seeds", type=seeds, default=[42], metavar="N,N", help="train and compare each arm with each (42)"
+    )
     result.add_argument("--jobs", type=int, default=1, help="arms at a time, on the same device (%(default)s)")
     result.add_argument("--dry-run", action="store_true", help="print what would start and stop")
     return result
 
 
 def seeds(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    return list(dict.fromkeys(int(number) for number in text.split(",")))
 
 
 def main(argv: list[str]) -> int:
@@ -106,15 +108,16 @@ def main(argv: list[str]) -> int:
             require_stages(arm.configs[0], run)
             arm.configs[0].preflight()
     statuses = run_arms(arms, arguments.jobs)
+    status = 0
     for name in ablations:
         finished = [arm for arm in arms if arm.ablation == name and statuses.get(arm.directory) == 0]
         if finished:
             write_plan(name, run, output / name, finished, given)
-            cli.main(["ablate", "plot", str(output / name)])
+            status = cli.main(["ablate", "plot", str(output / name)]) or status
     failed = [arm for arm in arms if statuses.get(arm.directory) != 0]
     if failed:
         print(f"not finished: {', '.join(map(str, failed))}; the same command goes on from there", file=sys.stderr)
-    return max((statuses.get(arm.directory, INTERRUPTED) for arm in failed), default=0)
+    return max((statuses.get(arm.directory, INTERRUPTED) for arm in failed), default=status)
 
 
 def load(name: str, run: Path) -> Ablation:

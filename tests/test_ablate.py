@@ -146,6 +146,12 @@ def test_a_metric_that_an_arm_lacks_is_left_out_and_named(tmp_path: Path) -> Non
     ended = nexus_gen("ablate", "plot", path)
     assert ended.returncode == 0 and "rate is left out" in ended.stderr
     assert "| one | 1.5 (1 to 2) | 4     | 1       |" in ended.stdout and "the rate" not in ended.stdout
+    # What is none, and a plan, whose arms are elsewhere.
+    plan = {**result, "stages": [], "arms": {"one": {"seeds": {"42": "one"}}}}
+    for text in ("{", "[1]", '{"scores": {}}', json.dumps(plan)):
+        (tmp_path / "no.json").write_text(text, encoding="utf-8")
+        ended = nexus_gen("ablate", "plot", tmp_path / "no.json")
+        assert ended.returncode == 2 and len(ended.stderr.strip().splitlines()) == 1, ended.stderr
     result["metrics"] = {"rate": "the rate"}
     path.write_text(json.dumps(result), encoding="utf-8")
     assert nexus_gen("ablate", "plot", path).returncode == 2

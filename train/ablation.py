@@ -9,6 +9,7 @@ nexus-gen ablate plot docs/ablations/*.json         # from results, without the 
 import argparse
 import json
 import sys
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from train.report import stage_rows
 from train.schemas.ablation import PLAN
 
 Points = list[list[float]]  # [step, value] in order
+MARKERS = "os^Dvp"  # of arms, for eyes to which some colours look alike
 LOG_SCALE_FROM = 5.0  # largest over smallest value of a plot
+PLANNED = {"ablation", "question", "metrics", "arms"}  # keys of a plan and of a result
+FACTS = {"seconds", "steps", "final", "heldout"}  # of an arm under a seed, in a result
 
 
 def collect(directory: Path) -> dict[str, Any]:
@@ -28,10 +32,31 @@ def collect(directory: Path) -> dict[str, Any]:
     seconds of all starts of all stages; steps of the last stage; per-step held-out metrics, those of earlier stages
     under `STAGE.name`; of every stage's artifact its fingerprint, its inputs' and the commit.
     """
-    plan = json.loads((directory / PLAN).read_text(encoding="utf-8"))
+    plan = read_planned(directory / PLAN)
     for arm in plan["arms"].values():
         arm["seeds"] = {seed: run_facts(directory / place, plan["stages"]) for seed, place in arm["seeds"].items()}
     return plan
+
+
+def read_planned(path: Path) -> dict[str, Any]:
+    """The JSON of a plan or a result; UserError when it is neither."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); `nexus-gen ablate` writes it again") from error
+    if not isinstance(values, dict) or not values.keys() >= PLANNED:
+        raise UserError(f"{path} lacks one of {', '.join(sorted(PLANNED))}; give a result of `nexus-gen ablate`")
+    return values
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result as `collect` returns it. Raises UserError as `read_planned` does."""
+    result = read_planned(path)
+    for name, arm in result["arms"].items():
+        for seed, facts in arm["seeds"].items():
+            if not isinstance(facts, dict) or not facts.keys() >= FACTS:
+                raise UserError(f"{path} does not say what arm {name} logged under seed {seed}; plot its directory")
+    return result
 
 
 def run_facts(run: Path, stages: list[str]) -> dict[str, Any]:
@@ -81,24 +106,30 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure, row = pyplot.subplots(1, len(metrics), figsize=size, layout="constrained", squeeze=False)
     for axes, (metric, label) in zip(row[0], metrics.items(), strict=True):
         shown = []
-        for name, arm in result["arms"].items():
+        for marker, (name, arm) in zip(cycle(MARKERS), result["arms"].items(), strict=False):
             curves = [dict(map(tuple, seed["heldout"][metric])) for seed in arm["seeds"].values()]
             steps = sorted(set.intersection(*map(set, curves)))
             values = [[curve[step] for curve in curves] for step in steps]
             means = [sum(at_step) / len(at_step) for at_step in values]
-            (line,) = axes.plot(steps, means, marker="o", markersize=3, linewidth=1.5, label=name)
+            (line,) = axes.plot(steps, means, marker=marker, markersize=4, linewidth=1.5, label=name)
             if len(curves) > 1:
                 band = list(map(min, values)), list(map(max, values))
                 axes.fill_between(steps, *band, color=line.get_color(), alpha=0.2, linewidth=0)
             shown += means
-        if min(shown) > 0 and max(shown) > LOG_SCALE_FROM * min(shown):
+        if shown and min(shown) > 0 and max(shown) > LOG_SCALE_FROM * min(shown):
             axes.set_yscale("log")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.set_xlabel("optimizer step")
         axes.set_title(f"held-out {label}", fontsize=10)
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
-    row[0][0].legend(frameon=False, fontsize=9)
+    num_seeds = max(len(arm["seeds"]) for arm in result["arms"].values())
+    row[0][0].legend(
+        frameon=False,
+        fontsize=9,
+        title=f"mean, range of {num_seeds} seeds" if num_seeds > 1 else None,
+        title_fontsize=8,
+    )
     figure.suptitle(result["question"], fontsize=11)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
@@ -128,12 +159,15 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("paths", nargs="+", type=Path, help="results (NAME.json), or directories of finished arms")
     for path in parser.parse_args(argv[1:]).paths:
+        path = path.resolve()  # the name of `.` is needed
+        if path.name == PLAN:
+            path = path.parent
         if (path / PLAN).is_file():
             result = collect(path)
             path = path.with_name(f"{path.name}.json")
             write_text_atomic(path, json.dumps(result) + "\n")
         elif path.suffix == ".json" and path.is_file():
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = read_result(path)
         else:
             raise UserError(f"{path} is neither a result of `nexus-gen ablate` nor a directory with {PLAN}")
         draw(result, path.with_suffix(".png"))
