@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from data.messages import read_rows
+from data.messages import Row, read_rows
 from data.records import read_records
 from nexus_gen.commands import add_model_arguments, save_atomic
 from nexus_gen.specs.artifact import write_text_atomic
@@ -29,7 +29,7 @@ from nexus_gen.specs.prompts import (
     GENERATION_REPLY,
     language_of,
 )
-from train.outcomes import prompt_of
+from train.outcomes import prompt_of, require_truth
 from train.scoring import Metadata, geneval_metadata
 
 if TYPE_CHECKING:
@@ -87,13 +87,19 @@ def parser(command: str) -> argparse.ArgumentParser:
 def read_prompts(path: Path) -> list[Metadata]:
     """GenEval's metadata for each prompt: as it stands, or with the prompt alone where nothing more is known."""
     if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); give a text file in UTF-8, a prompt a line") from error
         return [{"prompt": line.strip()} for line in lines if line.strip()]
     prompts: list[Metadata] = []
     for record in read_records(path):
         if record.values is not None and "messages" in record.values:
-            rows = [(row.truth, prompt_of(row)) for row in read_rows(path) if row.task == "generation"]
-            return [geneval_metadata(truth, prompt) if truth else {"prompt": prompt} for truth, prompt in rows]
+            rows = [row for row in read_rows(path) if row.task == "generation"]
+            return [
+                geneval_metadata(require_truth(row), prompt_of(row)) if row.truth else {"prompt": prompt_of(row)}
+                for row in rows
+            ]
         if record.values is None or not isinstance(record.values.get("prompt"), str):
             raise UserError(f"{record.where}: no prompt; each line is an object with a prompt, as GenEval's metadata")
         prompts.append(record.values)
@@ -114,9 +120,9 @@ def read_edits(path: Path, images: Path) -> list[Edit]:
     """The edits of ImgEdit's file, or of rows of ours; UserError for what is neither, or lacks a picture."""
     if path.suffix == ".jsonl":
         edits = [
-            Edit(row.id, Path(str(row.images[0])), prompt_of(row), EDIT_TYPES[row.truth["category"]])
+            Edit(row.id, source_file(row), prompt_of(row), EDIT_TYPES[require_truth(row)["category"]])
             for row in read_rows(path)
-            if row.task == "editing" and row.truth
+            if row.task == "editing"
         ]
     else:
         try:
@@ -132,6 +138,16 @@ def read_edits(path: Path, images: Path) -> list[Edit]:
         if Path(edit.key).name != edit.key:
             raise UserError(f"{path}: the key {edit.key!r} is no file name; give every edit a plain one")
     return edits
+
+
+def source_file(row: Row) -> Path:
+    """The picture that a row edits; UserError when it is none that ImgEdit's scripts could read."""
+    if not isinstance(row.images[0], Path):
+        raise UserError(
+            f"{row.where}: its pictures are inside the row, and ImgEdit's scripts read files; give rows that name "
+            "files, as `nexus-gen data shapes` draws them"
+        )
+    return row.images[0]
 
 
 def batches(items: list[Item], size: int, name: str) -> Iterator[list[Item]]:

@@ -21,7 +21,15 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, flag_of, results_of
 from train.benchmarks import batches, noise_seed
 from train.evaluation_page import render, table
-from train.outcomes import Outcome, judge_answer, judge_editing, judge_generation, judge_reconstruction, scores_of
+from train.outcomes import (
+    Outcome,
+    judge_answer,
+    judge_editing,
+    judge_generation,
+    judge_reconstruction,
+    require_truth,
+    scores_of,
+)
 from train.schemas.fields import fingerprint_path
 from train.schemas.run_directory import code_version, load_config
 
@@ -91,8 +99,7 @@ def read_tasks(path: Path, num: int | None) -> dict[str, list[Row]]:
     tasks: dict[str, list[Row]] = {}
     left_out, ids = 0, set()
     for row in read_rows(path):
-        if row.truth is None or not {"category", "language", "scenes"} <= row.truth.keys():
-            raise UserError(f"{row.where}: no ground truth; nexus-gen data shapes draws rows with it")
+        require_truth(row)
         if row.id in ids:
             raise UserError(f"{row.where}: the id {row.id} is there twice; give every row its own")
         ids.add(row.id)
@@ -256,6 +263,8 @@ def main(argv: list[str]) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+    if arguments.num_shown < 0:
+        raise UserError(f"--num-shown is {arguments.num_shown}; it must be 0 or more")
     rows = rows_file(arguments)
     tasks = read_tasks(rows, arguments.num)
     wanted = phases(tasks, arguments)
@@ -267,7 +276,7 @@ def main(argv: list[str]) -> int:
     settings = {"split": split, **{name: getattr(arguments, name) for name in options}}
     inputs = {"rows": fingerprint_path(rows), **models.inputs()}
     output = arguments.output or results_of(arguments.run) / "evaluation" / split
-    if output.is_dir() and not (output / IDENTITY).is_file() and any(output.iterdir()):
+    if output.exists() and not (output / IDENTITY).is_file() and (output.is_file() or any(output.iterdir())):
         raise UserError(f"{output} holds something else; give --output with an empty or a new directory")
     code = code_version()
     identity = json.dumps({"config": settings, "inputs": inputs, "commit": code["commit"]}, indent=1) + "\n"

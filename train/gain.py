@@ -29,15 +29,17 @@ def gains_of(run: Path, against: Path) -> list[Gain]:
     Raises UserError when there is none that asks the same.
     """
     before = Manifest.load(against).require("evaluation", against)
+    found: list[tuple[list[str], Path, Manifest]] = []
     for file in sorted(run.glob(f"evaluation/*/{MANIFEST}")):
         after = Manifest.load(file.parent)
-        if after.inputs["rows"] == before.inputs["rows"]:
-            break
-    else:
+        if after.kind == "evaluation" and after.inputs["rows"] == before.inputs["rows"]:
+            unlike = [key for key in SAME if after.config.get(key) != before.config.get(key)]
+            found.append((unlike, file.parent, after))
+    if not found:
         raise UserError(f"{run} has no evaluation on the rows of {against}; nexus-gen evaluate {run} --rows ... first")
-    unlike = [key for key in SAME if after.config[key] != before.config[key]]
+    unlike, where, after = min(found, key=lambda one: len(one[0]))
     if unlike:
-        raise UserError(f"{file.parent} and {against} differ in {', '.join(unlike)}; evaluate both alike")
+        raise UserError(f"{where} and {against} differ in {', '.join(unlike)}; evaluate both alike")
     return gains(before.details["scores"], after.details["scores"])
 
 

@@ -62,20 +62,25 @@ def read_question(record: Record) -> Question | None:
             options = ast.literal_eval(options)
         except (SyntaxError, ValueError) as error:
             raise refuse("options is a text that is no list; give a list of texts") from error
-    if values.get("question_type", "multiple-choice") != "multiple-choice" or options == []:
+    if values.get("question_type") not in (None, "multiple-choice") or options == []:
         return None
     if not isinstance(options, list) or not 2 <= len(options) <= len(ascii_uppercase):
         raise refuse(f"options must be a list of 2 to {len(ascii_uppercase)} texts")
     lettered = dict(zip(ascii_uppercase, map(str, options), strict=False))
     answer = values.get("answer")
-    if answer not in lettered:
+    if not isinstance(answer, str) or answer not in lettered:
         raise refuse(f"answer is {answer!r}; it must be one of {', '.join(lettered)}")
     if not isinstance(values.get("question"), str):
         raise refuse("no question; give its text")
-    given = values.get("images") or [values[key] for number in range(1, 8) if (key := f"image_{number}") in values]
+    numbered = (values.get(f"image_{number}") for number in range(1, 8))
+    given = values.get("images") or [image for image in numbered if image is not None]
+    if not isinstance(given, list):
+        raise refuse(f"images is a {type(given).__name__}; give a list, of one picture too")
     pictures = [stored_image(image, number, record) for number, image in enumerate(given, start=1)]
     lines = [values["question"], *(f"{letter}. {option}" for letter, option in lettered.items()), REQUEST]
     text = "\n".join(lines)
+    if IMAGE_TAG in text:
+        raise refuse(f"{IMAGE_TAG} stands in it; say which picture goes there, as <image 1>")
     places = [int(number) for number in PLACE.findall(text)]
     if any(not 1 <= place <= len(pictures) for place in places):
         raise refuse(f"<image {max(places)}> stands in it, but it has {len(pictures)} pictures")
@@ -139,6 +144,8 @@ def main(argv: list[str]) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+    if arguments.output.is_dir():
+        raise UserError(f"--output {arguments.output} is a directory; give the JSON file to write")
     read = [read_question(record) for record in read_records(arguments.questions)]
     questions = [question for question in read if question is not None]
     if not questions:

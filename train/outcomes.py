@@ -9,12 +9,30 @@ from PIL import Image
 from data.detector import Detection, detect
 from data.messages import Row
 from data.shape_contents import CATEGORIES
+from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import StoredImage, cover_crop, open_image
 from nexus_gen.specs.prompts import words_of
 from train.measures import Score, average, mean_of, proportion, psnr, ssim
 from train.scoring import geneval_metadata, is_right, judge_edit, same_scene, unmet
 
 Outcome = dict[str, Any]  # one row of `outcomes.jsonl`
+
+
+def require_truth(row: Row) -> dict[str, Any]:
+    """A row's ground truth; UserError unless it is one that rows of its task are scored by."""
+    truth = row.truth
+    if truth is None or not {"category", "language", "scenes"} <= truth.keys():
+        raise UserError(f"{row.where}: no ground truth; nexus-gen data shapes draws rows with it")
+    if truth["category"] not in (known := CATEGORIES.get(row.task, ())):
+        raise UserError(
+            f"{row.where}: truth.category is {truth['category']!r}; of {row.task} rows there are "
+            f"{', '.join(known) or 'none to score'}"
+        )
+    if len(truth["scenes"]) != len(row.images):
+        raise UserError(
+            f"{row.where}: truth has {len(truth['scenes'])} scenes for {len(row.images)} pictures; give one each"
+        )
+    return truth
 
 
 def outcome_of(row: Row, phase: str) -> Outcome:

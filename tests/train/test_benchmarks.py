@@ -8,6 +8,7 @@ from PIL import Image
 
 from data.shapes import DEFAULTS, draw_rows
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.models import SHIPPED_RUN
 from train.benchmarks import read_edits, read_prompts
 from train.scoring import TAGS
 
@@ -46,6 +47,25 @@ def test_edits_of_imgedit_and_of_rows(heldout: Path, tmp_path: Path) -> None:
     ours = read_edits(heldout, heldout.parent)
     assert ours and all(edit.image.is_file() and edit.key.startswith("heldout-") for edit in ours)
     assert {edit.edit_type for edit in ours} <= {"add", "remove", "alter", "action", "replace", "background"}
+
+
+def test_rows_that_scripts_could_not_score_are_named(heldout: Path, tmp_path: Path) -> None:
+    embedded = SHIPPED_RUN / "shapes" / "artifact" / "heldout.jsonl"
+    with pytest.raises(UserError, match=r"heldout\.jsonl:\d+: its pictures are inside the row"):
+        read_edits(embedded, embedded.parent)
+    rows = [json.loads(line) for line in heldout.read_text(encoding="utf-8").splitlines()]
+    (tmp_path / "images").symlink_to(heldout.parent / "images")
+    for read, task in ((read_prompts, "generation"), (lambda path: read_edits(path, tmp_path), "editing")):
+        row = next(row for row in rows if row["truth"]["task"] == task)
+        for truth, sentence in (
+            ({**row["truth"], "category": "taste"}, f"truth.category is 'taste'; of {task} rows there are"),
+            ({**row["truth"], "scenes": []}, "truth has 0 scenes for"),
+            ({"answer": "no"}, "no ground truth"),
+        ):
+            path = tmp_path / "rows.jsonl"
+            path.write_text(json.dumps({**row, "truth": truth}) + "\n", encoding="utf-8")
+            with pytest.raises(UserError, match=rf"rows\.jsonl:1: {sentence}"):
+                read(path)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,10 @@ def test_gains_are_of_the_evaluation_on_the_same_rows(tmp_path: Path) -> None:
         "+45.0 points",
     )
     assert gain.rows == 20 and "+45.0 points" in summary([gain])
-    evaluation(b, "r1", {**CONFIG, "seed": 1}, understanding_overall=most)
+    # Of several on these rows the one that asks the same.
+    evaluation(b.with_name("aa"), "r1", {**CONFIG, "num": 3}, understanding_overall=few)
+    assert gains_of(tmp_path / "run", before)[0].after[0] == "95.0%"
+    evaluation(b, "r1", {**CONFIG, "seed": 1, "editor": "x"}, understanding_overall=most)
+    evaluation(b.with_name("aa"), "r1", {**CONFIG, "seed": 1}, understanding_overall=few)
     with pytest.raises(UserError, match="differ in seed; evaluate both alike"):
         gains_of(tmp_path / "run", before)

@@ -55,7 +55,9 @@ def test_a_row_of_mmmu_becomes_a_question(tmp_path: Path) -> None:
 
 def test_pictures_that_are_named_nowhere_come_first(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture("red"))
-    row = {"question": "What?", "options": ["x", "y"], "answer": "A", "images": ["a.png"], "subject": "shapes"}
+    row = {"question": "What?", "options": ["x", "y"], "answer": "A", "subject": "shapes"}
+    absent = {"question_type": None, "images": None, "image_2": None}  # where Parquet became JSON
+    row |= {**absent, "image_1": "a.png"}
     question = question_of(row, tmp_path / "q.jsonl")
     assert question is not None
     assert question.content.startswith("<image>\nWhat?\nA. x\nB. y\n")
@@ -74,6 +76,9 @@ def test_pictures_that_are_named_nowhere_come_first(tmp_path: Path) -> None:
         ({"answer": "C"}, "answer is 'C'; it must be one of A, B"),
         ({"question": "See <image 2>"}, "<image 2> stands in it, but it has 0 pictures"),
         ({"question": None}, "no question"),
+        ({"answer": ["A"]}, r"answer is \['A'\]; it must be one of A, B"),
+        ({"images": "a.png"}, "images is a str; give a list"),
+        ({"question": "See <image>"}, "<image> stands in it; say which picture"),
     ],
 )
 def test_broken_questions_are_named(changed: dict[str, Any], sentence: str, tmp_path: Path) -> None:
