@@ -123,9 +123,13 @@ def _source(entry: Any, where: str, path: Path) -> Source:
     for key in entry.keys() - set(known):
         raise UserError(f"{where}: there is no key '{key}'{nearest(str(key), known)}")
     source = Source(**entry)
+    if not isinstance(source.path, str):
+        raise UserError(
+            f"{where}: path is {source.path!r}; give one file or a pattern, and a source for each other one"
+        )
     for key, valid in (("tasks", TASKS), ("languages", LANGUAGES)):
         given = getattr(source, key)
-        if not isinstance(given, list) or set(given) - set(valid):
+        if not isinstance(given, list) or any(one not in valid for one in given):
             raise UserError(f"{where}: {key} is {given!r}; give a list out of {', '.join(valid)}")
     if source.format not in (AUTO, *CONVERTERS):
         raise UserError(f"{where}: there is no format {source.format!r}{nearest(str(source.format), CONVERTERS)}")

@@ -66,6 +66,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
+    for name in ("max_samples", "num_pictures"):
+        if getattr(arguments, name, 1) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be 1 or more")
     manifest = Manifest.load(arguments.artifact).require("embedding_shards", arguments.artifact)
     if arguments.command == "verify":
         return verify(arguments.artifact, manifest)

@@ -37,7 +37,6 @@ def parser(command: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog=f"nexus-gen {command}", description=summaries[command])
     models = add_model_arguments(result, paints=command != "understand")
     models.add_argument("--run", type=Path, default=default_run(), help="run directory (default: %(default)s)")
-    result.add_argument("--seed", type=int, default=42)
     if command == "understand":
         result.add_argument("--input-image", type=Path, required=True)
         result.add_argument("--prompt", required=True, help="the question")
@@ -56,6 +55,7 @@ def parser(command: str) -> argparse.ArgumentParser:
             action="store_true",
             help="paint from the target embeddings alone, without the source's",
         )
+    result.add_argument("--seed", type=int, default=42, help="of the noise (default: %(default)s)")
     result.add_argument("--language", choices=LANGUAGES, default="en", help="language of the words around the prompt")
     result.add_argument("--width", type=int, help="pixels (default: the size the decoder was trained at)")
     result.add_argument("--height", type=int, help="pixels")
@@ -73,7 +73,7 @@ def check(command: str, arguments: argparse.Namespace) -> ModelPaths:
     image = getattr(arguments, "input_image", None)
     if image is not None and not image.is_file():
         raise UserError(f"--input-image {image} does not exist; check the path")
-    for name in ("width", "height", "num_inference_steps"):
+    for name in ("width", "height", "num_inference_steps", "max_new_tokens"):
         value = getattr(arguments, name, None)
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")

@@ -51,7 +51,7 @@ from nexus_gen.text_encoders import encode_context, encode_pooled
 from nexus_gen.vae import FluxVae
 from train.embed_pipeline import Prepared, ShardFiller, require_few, require_unchanged, stacked
 from train.metrics import METRICS
-from train.schemas.stages import EmbedEditingConfig, EmbedGenerationConfig, EmbedStageConfig
+from train.schemas.stages import EmbedEditingConfig, EmbedGenerationConfig, EmbedStageConfig, require_checkpoint
 from train.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -251,11 +251,11 @@ class EmbedStage(Stage[EmbedConfig]):
         """
         model = self.config.model
         side = model.image_size // model.vae.downscale
-        embed_dim = json.loads((Path(self.config.embed.autoregressive) / "config.json").read_text())["hidden_size"]
+        checkpoint = require_checkpoint("embed.autoregressive", self.config.embed.autoregressive)
         spec = ShardSpec(
             num_target_tokens=self.num_target_tokens,
             num_reference_tokens=self.num_reference_tokens,
-            embed_dim=embed_dim,
+            embed_dim=(checkpoint.get("text_config") or checkpoint)["hidden_size"],  # nested by later transformers
             latent_shape=[model.vae.latent_channels, side, side] if self.config.embed.latents else [],
             dtype=self.config.embed.dtype,
             encoder=recipe["encoder"],

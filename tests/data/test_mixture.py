@@ -153,6 +153,8 @@ def test_system_messages_and_labels_of_captions(files: Path) -> None:
         ({"sources": ["a.jsonl"]}, "source 1 has no path"),
         ({"sources": [{"paht": "a.jsonl"}]}, "source 1 has no path"),
         ({"sources": [{"path": "no.jsonl"}]}, "no file is called no.jsonl"),
+        ({"sources": [{"path": ["a.jsonl", "b.jsonl"]}]}, "path is ['a.jsonl', 'b.jsonl']; give one file or a pattern"),
+        ({"sources": [{"path": "a.jsonl", "tasks": [["text"]]}]}, "tasks is [['text']]"),
         ({"sources": [{"path": "a.jsonl", "wieght": 1}]}, "there is no key 'wieght'; did you mean 'weight'?"),
         ({"sources": [{"path": "a.jsonl", "weight": 0}]}, "weight is 0; it must be a number above 0"),
         ({"sources": [{"path": "a.jsonl", "count": 1.5}]}, "count is 1.5"),

@@ -113,6 +113,15 @@ def test_help_and_config_errors_import_no_torch(arguments: list[str]) -> None:
         (["ablate", "reference", "--run", ".", "trainer.max_step=3"], "no stage of ablation reference has the key"),
         (["ablate", "all", "--run", ".", "trainer.max_steps=3"], "does not exist; finish stage=embed_generation of"),
         (["ablate", "plot", "x.json"], "x.json is neither a result"),
+        (["run", "stage=pretrain", "seed=-1"], "seed is -1; it must be 0 or more"),
+        (["run", "stage=pretrain", "trainer.num_workers=-1"], "trainer.num_workers is -1; it must be 0 or more"),
+        (["run", "stage=pretrain", "objective.cosine_fraction=2"], "objective.cosine_fraction is 2.0; it is a share"),
+        (["run", "stage=standins", "standins.vae_steps=0"], "standins.vae_steps is 0; it must be above 0"),
+        (
+            ["run", "stage=generation_decoder", "sampling.num_inference_steps=0"],
+            "sampling.num_inference_steps is 0; it must be above 0",
+        ),
+        (["evaluate", "geneval", ".", "--prompts", "no.txt", "--output", "o"], "no.txt cannot be read"),
     ],
 )
 def test_mistakes_give_one_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:
@@ -180,6 +189,15 @@ def test_a_dataset_row_with_too_few_images_is_refused_before_anything_starts(tmp
     assert ran.returncode == 2
     assert "rows.jsonl:1" in ran.stderr
     assert len(ran.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("text", "sentence"), [("{", "is not readable"), ("[]", "holds no JSON object")])
+def test_a_damaged_checkpoint_config_is_named_before_anything_starts(text: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    data = [f"data.{split}={SHIPPED_RUN}/shapes/artifact/heldout.jsonl" for split in ("train", "heldout")]
+    ran = nexus_gen("run", "stage=pretrain", f"model.qwen={tmp_path}", *data, cwd=tmp_path)
+    assert ran.returncode == 2 and len(ran.stderr.strip().splitlines()) == 1, ran.stderr
+    assert f"{tmp_path}/config.json {sentence}" in ran.stderr
 
 
 @pytest.mark.parametrize("stage", FULL_SIZE)

@@ -222,12 +222,14 @@ def test_pictures_become_as_many_tokens_as_the_checkpoint_makes(
 ) -> None:
     model = load_autoregressive(inputs / "qwen", dtype=torch.float32, num_target_tokens=25)
     save_autoregressive(model, tmp_path / "qwen", processor_from=inputs / "qwen")
+    model.config.save_pretrained(tmp_path / "qwen")  # nested, where the released one is flat
     predicted = {"predicted": True} if task == "generation" else {}
     checkpoint = str(tmp_path / "qwen")
     stage = runs.config(inputs, data / task, tmp_path, f"embed_{task}", autoregressive=checkpoint, **predicted)
     runs.run(stage)
     details = verify(stage.artifact_dir).details
     assert details["spec"]["num_target_tokens"] == details["recipe"]["num_target_tokens"] == 25
+    assert details["spec"]["embed_dim"] == model.config.text_config.hidden_size
     path = stage.artifact_dir / "train" / "000000.tar"
     sample = read_sample(path, index_shard(path)[0])
     names = ["target_embeds", "predicted_embeds" if task == "generation" else "source_embeds"]

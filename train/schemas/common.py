@@ -27,6 +27,12 @@ def positive(section: str, config: Any, *names: str) -> None:
             raise UserError(f"{section}.{name} is {getattr(config, name)}; it must be above 0")
 
 
+def not_negative(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 0:
+            raise UserError(f"{section}.{name} is {getattr(config, name)}; it must be 0 or more")
+
+
 @dataclass
 class LaunchConfig:
     """Where the processes of a stage run.
@@ -53,6 +59,7 @@ class LaunchConfig:
         one_of("launch.kind", self.kind, "local", "torchrun", "slurm")
         one_of("launch.device", self.device, "auto", "cpu", "cuda")
         positive("launch", self, "num_nodes", "processes_per_node")
+        not_negative("launch", self, "threads_per_process")
         if self.kind == "local" and self.num_nodes != 1:
             raise UserError(
                 f"launch.num_nodes is {self.num_nodes} with launch.kind local; use launch=torchrun or launch=slurm"
@@ -90,6 +97,7 @@ class OptimConfig:
     def check(self) -> None:
         one_of("optim.schedule", self.schedule, "constant", "cosine", "linear")
         positive("optim", self, "learning_rate")
+        not_negative("optim", self, "weight_decay", "warmup_steps", "max_grad_norm")
         if len(self.betas) != 2:
             raise UserError(f"optim.betas has {len(self.betas)} numbers; AdamW takes 2")
 
@@ -130,6 +138,7 @@ class TrainerConfig:
         one_of("trainer.precision", self.precision, "float32", "tf32", "bfloat16")
         one_of("trainer.zero_stage", self.zero_stage, 0, 1, 2, 3)
         positive("trainer", self, "micro_batch_size", "global_batch_size", "log_every_steps", "keep_checkpoints")
+        not_negative("trainer", self, "checkpoint_every_steps", "num_workers")
         if by_steps:
             positive("trainer", self, "max_steps")
         self.accumulation(world_size)
@@ -160,6 +169,9 @@ class HeldoutConfig:
     every_steps: Annotated[int, RUNTIME]
     num_samples: int
 
+    def check(self) -> None:
+        not_negative("heldout", self, "every_steps", "num_samples")
+
 
 @dataclass
 class SamplesConfig:
@@ -167,6 +179,9 @@ class SamplesConfig:
 
     every_steps: int
     num_pictures: int
+
+    def check(self) -> None:
+        not_negative("samples", self, "every_steps", "num_pictures")
 
 
 @dataclass

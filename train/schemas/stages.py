@@ -1,7 +1,6 @@
 """The whole resolved config of each stage, and the checks that need no model: run before any process starts."""
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -25,6 +24,7 @@ from nexus_gen.specs.geometry import (
     VisionGeometry,
 )
 from nexus_gen.specs.models import target_tokens_of
+from nexus_gen.specs.shapes import read_config
 from train.schemas.common import (
     RUNTIME,
     AverageConfig,
@@ -42,6 +42,7 @@ from train.schemas.common import (
     TargetConfig,
     TrainerConfig,
     TrainRowsConfig,
+    not_negative,
     one_of,
     positive,
 )
@@ -78,6 +79,8 @@ class StageConfig:
     def check(self) -> None:
         """Values that contradict each other; no files are read."""
         self.launch.check()
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; it must be 0 or more")
 
     def inputs(self) -> dict[str, Path]:
         """Role -> the file or directory that this stage reads."""
@@ -153,6 +156,8 @@ class StandinsStageConfig(StageConfig):
             raise UserError(
                 f"standins.vision_recoloured is {self.standins.vision_recoloured}; it is a share from 0 to 1"
             )
+        positive("standins", self.standins, "vae_steps", "vae_batch_size", "vision_batch_size", "num_images")
+        not_negative("standins", self.standins, "vision_steps")
 
     def inputs(self) -> dict[str, Path]:
         return message_inputs(self.data)
@@ -212,6 +217,10 @@ class PretrainConfig(StageConfig):
         self.trainer.check(self.launch.world_size, by_steps=self.trainer.max_steps > 0)
         self.logger.check()
         self.average.check()
+        self.heldout.check()
+        not_negative("objective", self.objective, "text_loss_weight", "image_loss_weight")
+        if not 0 <= self.objective.cosine_fraction <= 1:
+            raise UserError(f"objective.cosine_fraction is {self.objective.cosine_fraction}; it is a share from 0 to 1")
         one_of("objective.target_inputs", self.objective.target_inputs, "prefill", "embeddings")
         positive("data", self.data, "max_length", "max_pixels")
         if not 0 <= self.data.max_bad_fraction < 1:
@@ -305,8 +314,7 @@ class EmbedStageConfig(StageConfig):
         positive("embed", self.embed, "samples_per_shard", "batch_size")
         one_of("embed.dtype", self.embed.dtype, *EMBED_DTYPES)
         one_of("embed.compile", self.embed.compile, "auto", "always", "never")
-        if self.embed.num_workers < 0:
-            raise UserError(f"embed.num_workers is {self.embed.num_workers}; give 0 or more")
+        not_negative("embed", self.embed, "num_workers")
         if not 0 <= self.data.max_bad_fraction < 1:
             raise UserError(f"data.max_bad_fraction is {self.data.max_bad_fraction}; it must be in [0, 1)")
 
@@ -480,6 +488,9 @@ class DecoderConfig(StageConfig):
             )
         self.objective.check()
         self.average.check()
+        self.heldout.check()
+        self.samples.check()
+        positive("sampling", self.sampling, "num_inference_steps")
 
     def inputs(self) -> dict[str, Path]:
         inputs = {"shards": Path(self.shards), "model.flux": Path(self.model.flux)}
@@ -593,7 +604,7 @@ def require_checkpoint(key: str, directory: str | os.PathLike[str]) -> dict[str,
     config = Path(directory) / "config.json"
     if not config.is_file():
         raise UserError(f"{key}: {directory} holds no config.json; give a Qwen2.5-VL or Nexus-Gen checkpoint directory")
-    values = json.loads(config.read_text(encoding="utf-8"))
+    values = read_config(Path(directory)) or {}
     if values.get("model_type") != "qwen2_5_vl":
         raise UserError(f"{key}: {directory} holds a {values.get('model_type')} model; a qwen2_5_vl one is needed")
     return values
