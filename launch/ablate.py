@@ -25,6 +25,7 @@ from launch.compose import CONFIGS, Override
 from launch.run import compose_plan, describe, run_stages
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError, nearest
+from nexus_gen.specs.models import SHIPPED_RUN
 from train.schemas.ablation import PLAN, Ablation
 from train.schemas.fields import fingerprint_values
 from train.schemas.parents import end_with_parent
@@ -148,7 +149,10 @@ def require_stages(config: StageConfig, run: Path) -> None:
     """UserError naming the first stage of `run` that an arm needs and the run has not finished."""
     for role, where in config.inputs().items():
         if run in where.parents and not where.exists():
-            raise UserError(f"{role}: {where} does not exist; finish stage={where.relative_to(run).parts[0]} of {run}")
+            remedy = f"finish stage={where.relative_to(run).parts[0]} of {run}"
+            if run.resolve() == SHIPPED_RUN.resolve():
+                remedy = "what ships lacks what training reads: give --run with a run of pipeline=shapes"
+            raise UserError(f"{role}: {where} does not exist; {remedy}")
 
 
 def share_cores(arms: list[Arm], jobs: int) -> None:

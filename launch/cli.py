@@ -5,6 +5,8 @@ Modules are imported when their command is called, so that `--help`, errors and 
 
 import importlib
 import os
+import select
+import signal
 import sys
 
 from nexus_gen.specs.errors import UserError, nearest
@@ -80,23 +82,37 @@ def resolve(argv: list[str]) -> tuple[str, list[str]]:
     raise UserError(f"no command '{' '.join(argv[:2])}'{nearest(' '.join(argv[:2]), COMMANDS)}")
 
 
+def reader_is_gone(file: int) -> bool:
+    """Whether nobody reads any more what is written to a pipe, as after `| head`."""
+    poll = select.poll()
+    poll.register(file, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    if argv[0] not in COMMANDS and argv[1:] in ([], ["-h"], ["--help"]) and (family := listed(argv[0])):
-        print(f"usage: nexus-gen {argv[0]} COMMAND [ARGUMENTS]", "", *family, sep="\n")
-        return 0
     try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(usage(), flush=True)
+            return 0
+        if argv[0] not in COMMANDS and argv[1:] in ([], ["-h"], ["--help"]) and (family := listed(argv[0])):
+            print(f"usage: nexus-gen {argv[0]} COMMAND [ARGUMENTS]", "", *family, sep="\n", flush=True)
+            return 0
         check_environment()
         command, rest = resolve(argv)
         module = importlib.import_module(COMMANDS[command][0])
         # One module may own several commands: it is told which by the first argument.
-        return module.main([command.split()[-1], *rest])
+        status = module.main([command.split()[-1], *rest])
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not reader_is_gone(sys.stdout.fileno()):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain at its end
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

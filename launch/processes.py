@@ -83,7 +83,7 @@ def slurm_script(launch: LaunchConfig, config_path: Path) -> str:
             "#SBATCH --ntasks-per-node=1",
             f"#SBATCH --gpus-per-node={launch.processes_per_node}",
             f"#SBATCH --time={hours:02d}:{minutes:02d}:00",
-            f"#SBATCH --output={config_path.parent}/log/slurm-%j.log",
+            f"#SBATCH --output={shlex.quote(str(config_path.parent))}/log/slurm-%j.log",
             *([f"#SBATCH --partition={launch.partition}"] if launch.partition else []),
             "set -euo pipefail",
             # The submitting command holds a lock of its own, which the job may outlive.
@@ -93,7 +93,7 @@ def slurm_script(launch: LaunchConfig, config_path: Path) -> str:
             """printf '{"host": "Slurm job %s", "pids": []}' "$SLURM_JOB_ID" >&9""",
             *exports,
             'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            f"srun {' '.join(command)}",
+            f"srun {' '.join(word if '$' in word else shlex.quote(word) for word in command)}",
             "",
         ]
     )

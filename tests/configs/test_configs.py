@@ -31,7 +31,7 @@ def overrides_for(path: Path) -> list[str]:
         stage = stage_of_experiment(path)
         return [f"stage={stage}", f"experiment={name}", *(REQUIRED["data"] if stage == "pretrain" else [])]
     if group == "launch":  # standins has no batch to divide among processes
-        return ["stage=standins", f"launch={name}", "launch.rendezvous=node0:29500"]
+        return ["stage=standins", f"launch={name}"]
     return [
         f"stage={GROUP_STAGE.get(group, 'pretrain')}",
         f"{group}={name}",

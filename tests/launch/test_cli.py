@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +104,9 @@ def test_help_and_config_errors_import_no_torch(arguments: list[str]) -> None:
         (["run", "pipeline=tiny", "from=embed"], "from=embed is not a stage of pipeline=tiny"),
         (["run", "pipeline=tiny", "trainer.max_step=3"], "no stage of pipeline=tiny has the key 'trainer.max_step'"),
         (["run", "stage=pretrain", "launch.kind=lokal"], "launch.kind is 'lokal'"),
+        (["run", "stage=pretrain", "launch.partition=gpu"], "launch.partition has no effect with launch.kind local"),
+        (["run", "stage=shapes", "shapes.num_colours=2"], "shapes.num_colours is 2; it must be from 3 to 8"),
+        (["ablate", "target_inputs", "--run", str(SHIPPED_RUN)], "what ships lacks what training reads: give --run"),
         (["generate", "--prompt", "x", "--run", "nowhere"], "finish stage=pretrain of nowhere"),
         (["understand", "--prompt", "x", "--input-image", "no.png"], "--input-image no.png does not exist"),
         (["report", "nowhere"], "nowhere is not a run directory"),
@@ -218,6 +223,20 @@ def test_full_size_stages_say_what_would_start(stage: str, launch: list[str], wo
     assert "train.worker" in ran.stdout
     assert ("#SBATCH --nodes=8" in ran.stdout) == (launch == ["launch=slurm"])
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_job_starts_in_a_directory_with_a_space(tmp_path: Path) -> None:
+    ran = nexus_gen("run", "stage=shapes", "launch=slurm", f"runs_dir={tmp_path}/my runs", "--dry-run", cwd=tmp_path)
+    (line,) = [line for line in ran.stdout.splitlines() if "srun" in line]
+    assert shlex.split(line)[-1] == f"{tmp_path}/my runs/tiny/shapes/config.yaml" and '"$head":29500' in line
+
+
+def test_who_reads_may_stop_reading(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = subprocess.run([NEXUS_GEN, "--help"], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_cfg_prints_the_resolved_config(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def config(inputs: Path, data: Path, runs_dir: Path, stage: str = "embed_generat
         },
         "launch": {
             "kind": "local", "num_nodes": 1, "processes_per_node": 1, "device": "cpu", "threads_per_process": 1,
-            "rendezvous": "", "timeout_minutes": 1, "partition": "",
+            "rendezvous": "", "timeout_minutes": 0, "partition": "",
         },
         "embed": {
             "autoregressive": str(inputs / "qwen"), "samples_per_shard": 3, "batch_size": 2, "dtype": "bfloat16",

@@ -12,6 +12,12 @@ from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry, tokens_per_side
 # Of a list, each. RUNTIME: changes how a stage runs and not what it makes; left out of fingerprints.
 PATH = "path"
 RUNTIME = "runtime"
+# launch.kind -> keys that do nothing there
+WITHOUT_EFFECT = {
+    "local": ("rendezvous", "timeout_minutes", "partition"),
+    "torchrun": ("timeout_minutes", "partition"),
+    "slurm": ("rendezvous",),
+}
 PathStr = Annotated[str, PATH]
 PathList = Annotated[list[str], PATH]
 
@@ -56,10 +62,13 @@ class LaunchConfig:
         return self.num_nodes * self.processes_per_node
 
     def check(self) -> None:
-        one_of("launch.kind", self.kind, "local", "torchrun", "slurm")
+        one_of("launch.kind", self.kind, *WITHOUT_EFFECT)
         one_of("launch.device", self.device, "auto", "cpu", "cuda")
         positive("launch", self, "num_nodes", "processes_per_node")
-        not_negative("launch", self, "threads_per_process")
+        not_negative("launch", self, "threads_per_process", "timeout_minutes")
+        for name in WITHOUT_EFFECT[self.kind]:
+            if getattr(self, name):
+                raise UserError(f"launch.{name} has no effect with launch.kind {self.kind}; leave it out")
         if self.kind == "local" and self.num_nodes != 1:
             raise UserError(
                 f"launch.num_nodes is {self.num_nodes} with launch.kind local; use launch=torchrun or launch=slurm"

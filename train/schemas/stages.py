@@ -110,6 +110,10 @@ class ShapesStageConfig(StageConfig):
 
     kind: ClassVar[str] = "messages"
 
+    def check(self) -> None:
+        super().check()
+        self.shapes.check()
+
 
 @dataclass
 class StandinsConfig:
