@@ -186,30 +186,18 @@ def compiled_decoder_layer() -> DecoderLayer:
 
 
 @torch.no_grad()
-def teacher_forced_embeddings(
-    model: NexusGenForConditionalGeneration,
-    batch: Mapping[str, Tensor],
-    tower: PackedVisionTower | None = None,
-    layer: DecoderLayer = decoder_layer,
-) -> list[Tensor]:
-    """The embeddings that the model predicts for every target image of a batch, in order, (N, D) each.
-
-    batch: what `forward` takes, labels included; the rest as in `teacher_forced_pairs`.
-    """
-    return [predicted for predicted, _ in teacher_forced_pairs(model, batch, tower, layer)]
-
-
-@torch.no_grad()
 def teacher_forced_pairs(
     model: NexusGenForConditionalGeneration,
     batch: Mapping[str, Tensor],
     tower: PackedVisionTower | None = None,
     layer: DecoderLayer = decoder_layer,
 ) -> list[tuple[Tensor, Tensor]]:
-    """As `teacher_forced_embeddings`, each with the vision tower's embeddings of the same image: what is predicted.
+    """Of every target image of a batch, in order: the embeddings that the model predicts, and those that the vision
+    tower gives, (N, D) each.
 
-    batch: tensors on any device, best on the CPU; rows padded on either side. They are moved to the left, so that
-    attention is causal without a mask, and nothing is computed that these embeddings do not depend on, as logits.
+    batch: what `forward` takes, labels included, on any device, best on the CPU; rows padded on either side. They are
+    moved to the left, so that attention is causal without a mask, and nothing is computed that these embeddings do not
+    depend on, as logits.
     tower: the model's own, packed. layer: runs one decoder layer; `compiled_decoder_layer()` where compiling pays.
     Raises ValueError when image tokens and pictures disagree in number.
     """

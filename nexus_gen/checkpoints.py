@@ -105,10 +105,10 @@ def load_decoder_transformer(model: FluxTransformer, path: str | Path, dtype: to
     )
 
 
-def save_decoder(model: nn.Module, path: str | Path, layout: Layout = "released") -> None:
-    """Write a GenerationDecoder or EditingDecoder: `.safetensors`, or `.bin` as published."""
+def save_decoder(model: nn.Module, path: str | Path) -> None:
+    """Write a GenerationDecoder or EditingDecoder in the released layout: `.safetensors`, or `.bin` as published."""
     state = model.state_dict()
-    save_tensors(translate(state, decoder_sources(state, layout)), path)
+    save_tensors(translate(state, decoder_sources(state)), path)
 
 
 def component(path: Path, file_name: str, directory_name: str) -> Path:

@@ -104,20 +104,13 @@ PUBLISHED = TimestepDensity()
 def sample_timesteps(
     batch_size: int,
     generator: torch.Generator | None = None,
-    one_per_batch: bool = False,
     density: TimestepDensity = PUBLISHED,
 ) -> Tensor:
-    """Indices into the training schedule: (B,) int64 on the generator's device, else the CPU.
-
-    one_per_batch: all samples share one draw, as in the published trainer.
-    """
+    """Indices into the training schedule: (B,) int64 on the generator's device, else the CPU."""
     device = "cpu" if generator is None else generator.device
-    draws = 1 if one_per_batch else batch_size
     if density.is_published:
-        index = torch.randint(NUM_TRAIN_TIMESTEPS, (draws,), generator=generator, device=device)
-    else:
-        index = density.index(torch.rand(draws, generator=generator, device=device, dtype=torch.float64))
-    return index.expand(batch_size)
+        return torch.randint(NUM_TRAIN_TIMESTEPS, (batch_size,), generator=generator, device=device)
+    return density.index(torch.rand(batch_size, generator=generator, device=device, dtype=torch.float64))
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nexus_gen.compat import ensure_torchvision
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import FluxGeometry
+from nexus_gen.specs.shapes import TIMESTEP_FREQUENCIES
 
 ensure_torchvision()
 
@@ -24,7 +25,6 @@ from diffsynth.models.flux_dit import (  # noqa: E402
 from diffsynth.pipelines.flux_image import model_fn_flux_image  # noqa: E402
 
 ROPE_THETA = 10000
-TIMESTEP_FREQUENCIES = 256  # sinusoids of the timestep and of the guidance
 PATCH_SIZE = 2  # written into diffsynth's patchify
 
 

@@ -44,7 +44,7 @@ from nexus_gen.packed_vision import PackedVisionTower
 from nexus_gen.specs.artifact import digest, hash_file, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS, REFERENCE_GRID, RELEASED_TARGET_TOKENS
-from nexus_gen.specs.images import cover_crop, open_image, squash
+from nexus_gen.specs.images import channels_first, cover_crop, open_image, squash
 from nexus_gen.specs.models import target_tokens_of, trained_details
 from nexus_gen.tensor_files import TensorFiles, fingerprint_tensors, save_tensors
 from nexus_gen.text_encoders import encode_context, encode_pooled
@@ -358,7 +358,7 @@ class EmbedStage(Stage[EmbedConfig]):
 
     def prepare_latents(self, image: Image.Image) -> Prepared:
         """A picture that the decoders paint, at their size; nothing where no latents are stored."""
-        return {"pixels": as_uint8(image)} if self.config.embed.latents else {}
+        return {"pixels": torch.from_numpy(channels_first(image))} if self.config.embed.latents else {}
 
     def full_batch(self, pictures: Sequence[Tensor]) -> Tensor:
         """(batch_size, 3, H, W) on the device, black behind the given ones.
@@ -446,7 +446,8 @@ class EmbedGenerationStage(EmbedStage[EmbedGenerationConfig]):
 
     def prepare(self, sample: PlannedSample) -> Prepared:
         row, images = self.read(sample)
-        target = {"target": as_uint8(cover_crop(images[-1], target_size(self.processor, self.num_target_tokens)))}
+        target_image = cover_crop(images[-1], target_size(self.processor, self.num_target_tokens))
+        target = {"target": torch.from_numpy(channels_first(target_image))}
         words = self.conversation(row, images) if self.config.embed.predicted else {}
         return target | words | self.prepare_latents(cover_crop(images[-1], self.config.model.image_size))
 
@@ -473,7 +474,7 @@ class EmbedEditingStage(EmbedStage[EmbedEditingConfig]):
         side = REFERENCE_GRID * self.processor.image_processor.patch_size
         return {
             **self.conversation(row, images),
-            "source": as_uint8(squash(images[-2], side)),
+            "source": torch.from_numpy(channels_first(squash(images[-2], side))),
             **self.prepare_latents(self.square(images[-1])),
         }
 
@@ -495,11 +496,6 @@ class EmbedEditingStage(EmbedStage[EmbedEditingConfig]):
         if self.config.embed.latents:
             outputs["latents"] = self.latents([row["pixels"] for row in rows])
         return outputs
-
-
-def as_uint8(image: Image.Image) -> Tensor:
-    """(3, H, W) uint8 of an RGB picture."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def means(measured: Iterable[dict[str, float]]) -> dict[str, float]:

@@ -31,11 +31,11 @@ import train.deepspeed_mends  # noqa: F401
 from nexus_gen.specs.errors import UserError
 from train.metrics import MetricsLogger
 from train.schemas.common import OptimConfig, TrainerConfig
+from train.schemas.run_directory import CHECKPOINTS
 from train.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
 PARTIAL = ".partial"  # the ending of a checkpoint that is being written
 BUCKET_ELEMENTS = 200_000_000  # of a reduction or gather: 400 MB in bfloat16, enough to saturate the link
 PRECISIONS: dict[str, Literal["32-true", "bf16-true"]] = {

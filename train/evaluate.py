@@ -22,6 +22,7 @@ from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, flag_
 from train.benchmarks import batches, noise_seed
 from train.evaluation_page import render, table
 from train.outcomes import (
+    MAX_ANSWER_TOKENS,
     Outcome,
     judge_answer,
     judge_editing,
@@ -44,7 +45,6 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("heldout", "compositional")
 TASKS = ("understanding", "generation", "editing", "reconstruction")
-MAX_ANSWER_TOKENS = 24
 OUTCOMES, IDENTITY = "outcomes.jsonl", "identity.json"
 
 

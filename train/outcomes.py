@@ -16,6 +16,7 @@ from train.measures import Score, average, mean_of, proportion, psnr, ssim
 from train.scoring import geneval_metadata, is_right, judge_edit, same_scene, unmet
 
 Outcome = dict[str, Any]  # one row of `outcomes.jsonl`
+MAX_ANSWER_TOKENS = 24  # that a model may answer a question with
 
 
 def require_truth(row: Row) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from nexus_gen.specs.geometry import patches_per_side
 from train.message_stream import MessageStream, Quarantine
 from train.metrics import MetricsLogger, latest
 from train.schemas.common import OptimConfig
-from train.schemas.run_directory import QUARANTINE
+from train.schemas.run_directory import CHECKPOINTS, QUARANTINE
 from train.schemas.stages import PretrainConfig
 from train.stage import Stage
 from train.swift_callbacks import (
@@ -54,7 +54,6 @@ from train.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
 HELDOUT_SEED = 0  # of the order of held-out rows, in every run
 DECAYS: dict[str, Callable[[float], float]] = {  # over a budget of tokens, by the share of it that is spent
     "constant": lambda spent: 1.0,

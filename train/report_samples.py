@@ -14,11 +14,10 @@ from nexus_gen.inference import NexusGen
 from nexus_gen.specs.images import open_image
 from nexus_gen.specs.models import ModelPaths
 from train.decoder_stages import build_initial_decoder
-from train.outcomes import prompt_of
+from train.outcomes import MAX_ANSWER_TOKENS, prompt_of
 from train.schemas.run_directory import load_config
 from train.schemas.stages import DecoderConfig, PretrainConfig
 
-MAX_ANSWER_TOKENS = 24
 PICTURES = {"generation": 1, "editing": 2}  # of a row, where the page has room for so many
 
 

@@ -15,6 +15,7 @@ from swift.template.templates.qwen import Qwen2_5VLTemplate, QwenTemplateMeta
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor
 
+from data.token_lengths import IMAGE_MARKUP, IMAGE_TOKEN
 from nexus_gen.ar_checkpoint import load_autoregressive, load_processor
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration, NexusGenOutput
 from nexus_gen.conversation import byte_patches, resized, scaled_patches
@@ -24,9 +25,7 @@ from nexus_gen.specs.prompts import IMAGE_TAG
 from train.message_stream import TooLong
 
 NAME = "nexus_gen"
-IMAGE_TOKEN = "<|image_pad|>"
 CACHED_TEXTS, CACHED_LENGTH = 4096, 256  # texts, and characters of one
-IMAGE_MARKUP = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
 
 
 class NexusGenLoader(ModelLoader):

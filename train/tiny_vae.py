@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import VaeGeometry
+from nexus_gen.specs.images import channels_first
 from nexus_gen.vae import SCALE, SHIFT, DownSampler, FluxVae, ResnetBlock, UpSampler, VAEAttentionBlock
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def fit_vae(vae: FluxVae, pictures: Tensor, steps: int, batch_size: int, seed: i
 
 def stacked(images: Sequence[Image.Image]) -> Tensor:
     """(N, 3, S, S) uint8 of square RGB pictures of one size."""
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack([channels_first(image) for image in images]))
 
 
 def in_unit_range(pictures: Tensor) -> Tensor:

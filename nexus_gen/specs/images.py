@@ -202,6 +202,6 @@ class PictureSizing:
         return seen[::-1]
 
 
-def to_array(image: Image.Image) -> np.ndarray:
-    """(3, H, W) float32 in [-1, 1]."""
-    return np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+def channels_first(image: Image.Image) -> np.ndarray:
+    """(3, H, W) uint8 of an RGB picture, in memory of its own."""
+    return np.array(np.asarray(image).transpose(2, 0, 1), order="C")

@@ -8,7 +8,15 @@ from PIL import Image, ImageCms
 
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import target_grids, tokens_per_side
-from nexus_gen.specs.images import PictureSizing, context_size, cover_crop, open_image, open_size, squash, to_array
+from nexus_gen.specs.images import (
+    PictureSizing,
+    channels_first,
+    context_size,
+    cover_crop,
+    open_image,
+    open_size,
+    squash,
+)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
@@ -93,9 +101,10 @@ def test_geometry() -> None:
     image.paste("white", (40, 0, 160, 100))
     assert np.asarray(cover_crop(image, 50)).min() == 255  # the centre alone
     assert np.asarray(squash(image, 50))[:, :5].max() < 30
-    array = to_array(image)
-    assert array.shape == (3, 100, 200)
-    assert (array.min(), array.max()) == (-1, 1)
+    image.putpixel((7, 3), (1, 2, 3))
+    array = channels_first(image)
+    assert (array.shape, array.dtype, array.flags.writeable) == ((3, 100, 200), np.uint8, True)
+    assert array[:, 3, 7].tolist() == [1, 2, 3] and array[:, 50, 100].tolist() == [255] * 3
 
 
 def test_targets_take_the_grid_whose_aspect_is_nearest() -> None:

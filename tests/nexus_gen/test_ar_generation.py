@@ -14,7 +14,7 @@ from nexus_gen.ar_generation import (
     Sampling,
     generate_reply,
     generated_embeddings,
-    teacher_forced_embeddings,
+    teacher_forced_pairs,
     vision_embeddings,
 )
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration
@@ -193,14 +193,14 @@ def test_teacher_forcing_gives_what_generation_gave(model: NexusGenForConditiona
         "pixel_values": torch.cat([case["pixel_values"], target["pixel_values"]]),
         "image_grid_thw": torch.cat([case["image_grid_thw"], target["image_grid_thw"]]),
     }
-    (embeds,) = teacher_forced_embeddings(model, batch)
+    ((embeds, _),) = teacher_forced_pairs(model, batch)
     assert_near(embeds, case["output_image_embeddings"][0])
 
 
 def test_teacher_forcing_splits_the_images_of_a_batch(model: NexusGenForConditionalGeneration) -> None:
     case = load_file(GOLDEN / "train_mixed.safetensors")
     keys = ("input_ids", "attention_mask", "labels", "pixel_values", "image_grid_thw")
-    embeds = teacher_forced_embeddings(model, {key: case[key] for key in keys})
+    embeds = [predicted for predicted, _ in teacher_forced_pairs(model, {key: case[key] for key in keys})]
     assert [tuple(image.shape) for image in embeds] == [(81, 64)] * 4
     starts = ((case["labels"] == 318) & (case["input_ids"].roll(1, dims=1) == 315)).nonzero().tolist()
     for image, (row, start) in zip(embeds, starts, strict=True):
@@ -214,7 +214,7 @@ def test_what_a_batch_generates_is_what_one_pass_predicts_of_first_images(
     case = load_file(GOLDEN / "train_mixed.safetensors")
     keys = ("input_ids", "attention_mask", "labels", "pixel_values", "image_grid_thw")
     batch = {key: case[key] for key in keys}
-    predicted = teacher_forced_embeddings(model, batch)
+    predicted = [embeds for embeds, _ in teacher_forced_pairs(model, batch)]
     targets = ((case["labels"] == 318) & (case["input_ids"].roll(1, dims=1) == 315)).sum(dim=1).tolist()
     firsts = [sum(targets[:row]) for row, count in enumerate(targets) if count]
     assert len(firsts) < len(predicted) and len(firsts) < len(targets)  # a second image, a row without one

@@ -11,7 +11,7 @@ from tiny_decoders import FLUXES, randomised
 from torch import Tensor
 
 from nexus_gen.ar_checkpoint import SpecialTokenIds, build_autoregressive
-from nexus_gen.ar_generation import generate_reply, generated_embeddings, teacher_forced_embeddings
+from nexus_gen.ar_generation import generate_reply, generated_embeddings, teacher_forced_pairs
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration
 from nexus_gen.conditioning import REFERENCE, TARGET, EditingProjector
 from nexus_gen.decoders import build_editing_decoder, build_generation_decoder
@@ -212,7 +212,7 @@ def test_images_of_other_numbers_of_tokens_are_what_training_predicts(num_tokens
     }
     trained = model(**batch)
     assert_near(reply.image_embeds[0][0], trained.predicted_embeds)
-    assert_near(teacher_forced_embeddings(model, batch)[0], trained.predicted_embeds)
+    assert_near(teacher_forced_pairs(model, batch)[0][0], trained.predicted_embeds)
     if grid[0] == grid[1]:
         assert_near(generated_embeddings(model, batch)[0], trained.predicted_embeds)
     with pytest.raises(ValueError, match=r"target_grid \(9, 9\) is none of"):

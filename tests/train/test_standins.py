@@ -5,7 +5,6 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -17,7 +16,6 @@ from nexus_gen.conversation import patches
 from nexus_gen.specs.artifact import hash_file
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import FluxGeometry, LanguageGeometry, TextEncoderGeometry, VaeGeometry, VisionGeometry
-from nexus_gen.specs.images import to_array
 from nexus_gen.text_encoders import encode_prompt
 from train.schemas.stages import StandinsConfig, StandinsModelConfig
 from train.standins import build_standins
@@ -86,9 +84,7 @@ def hashes(directory: Path) -> dict[str, str]:
 
 def colours_of_cells(images: list[Image.Image], cell: int) -> torch.Tensor:
     """(pictures x 81, colours): mean colours of the cells, `cell` px wide, under each token of a 72 px picture."""
-    pixels = torch.from_numpy(
-        np.stack([to_array(image.resize((72, 72), Image.Resampling.BICUBIC)) for image in images])
-    )
+    pixels = in_unit_range(stacked([image.resize((72, 72), Image.Resampling.BICUBIC) for image in images]))
     means = torch.nn.functional.avg_pool2d(pixels, cell)
     per_token = 8 // cell
     cells = means.unflatten(3, (9, per_token)).unflatten(2, (9, per_token))  # B, 3, row, y, column, x
@@ -237,7 +233,7 @@ def test_a_tower_is_fitted_to_other_colours_too(built):
 def test_pictures_are_cut_into_patches_as_the_processor_does(built):
     processor = load_processor(built[0] / "Qwen2.5-VL-Instruct")
     sized = [image.resize((72, 72), Image.Resampling.BICUBIC) for image in IMAGES[:2]]
-    pixels = torch.from_numpy(np.stack([to_array(image) for image in sized]))
+    pixels = in_unit_range(stacked(sized))
     torch.testing.assert_close(
         patch_values(pixels, processor.image_processor), patches(processor, sized)[0], rtol=0, atol=1e-6
     )
