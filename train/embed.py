@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -60,6 +61,7 @@ log = logging.getLogger(__name__)
 EMBEDDING_CODE = 1
 LENGTH_STEP = 64  # conversations are padded to multiples of it and share a batch with those of their own length only
 QUARANTINE = "quarantine.jsonl"
+LOG_INTERVAL_S = 30  # between lines of progress where no terminal draws over the last one
 COMPILED_FROM_ROWS = 10_000  # compiling the tower takes 11 s on an H200, and saves 0.8 ms a picture of 252 px
 
 EmbedConfig = TypeVar("EmbedConfig", bound=EmbedStageConfig)
@@ -99,7 +101,14 @@ class EmbedStage(Stage[EmbedConfig]):
         self.compiled = self.config.embed.compile == "always" or (
             self.config.embed.compile == "auto" and self.device_type == "cuda" and num_rows >= COMPILED_FROM_ROWS
         )
-        with tqdm(total=num_rows, unit="row", desc=self.config.stage, disable=self.rank != 0) as progress:
+        progress = tqdm(
+            total=num_rows,
+            unit="row",
+            desc=self.config.stage,
+            disable=self.rank != 0,
+            mininterval=0.1 if sys.stderr.isatty() else LOG_INTERVAL_S,
+        )
+        with progress:
             try:
                 done = filler.fill(mine, lambda: bool(signals), progress.update)
             except UserError:

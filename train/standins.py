@@ -26,6 +26,7 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from data.mixture import read_dataset
 from nexus_gen.ar_checkpoint import SpecialTokenIds, build_autoregressive, save_autoregressive
@@ -56,6 +57,7 @@ class StandinsStage(Stage[StandinsStageConfig]):
         return True
 
     def fill(self, directory: Path) -> dict[str, Any]:
+        disable_progress_bar()  # transformers' own, of writing files that take no time
         words: list[str] = []
         scenes: dict[StoredImage, dict[str, Any]] = {}
         for row in read_dataset(self.config.data.train, self.config.data.left_out()):
