@@ -124,6 +124,9 @@ def main(argv: list[str]) -> int:
     for name in ("max_pixels", "max_length", "max_errors", "num_workers"):
         if getattr(given, name) is not None and getattr(given, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(given, name)}; it must be above 0")
+    for name in ("report", "quarantine"):
+        if getattr(given, name) is not None and getattr(given, name).is_dir():
+            raise UserError(f"--{name} {getattr(given, name)} is a directory; give the file to write")
     train = given.dataset or [Path(config[key]) for key in ("train",) if config.get(key)]
     heldout = given.heldout or [Path(config[key]) for key in ("heldout",) if config.get(key) and not given.dataset]
     if not train:

@@ -51,7 +51,13 @@ class ShardSpec:
 
     @staticmethod
     def load(manifest: Manifest) -> "ShardSpec":
-        return ShardSpec(**manifest.details["spec"])
+        """UserError for what is no spec known here."""
+        try:
+            return ShardSpec(**manifest.details["spec"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"shards of stage={manifest.stage} have no spec that is known here ({error}); run that stage again"
+            ) from error
 
     def require(self, where: str | os.PathLike[str], **wanted: Any) -> "ShardSpec":
         """This spec; UserError naming the first field that differs from `wanted`, with both values."""

@@ -70,6 +70,7 @@ def main(argv: list[str]) -> int:
         if getattr(arguments, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be 1 or more")
     manifest = Manifest.load(arguments.artifact).require("embedding_shards", arguments.artifact)
+    ShardSpec.load(manifest)
     if arguments.command == "verify":
         return verify(arguments.artifact, manifest)
     if arguments.command == "repair":

@@ -3,6 +3,7 @@
 Modules are imported when their command is called, so that `--help`, errors and completion stay fast.
 """
 
+import errno
 import importlib
 import os
 import select
@@ -37,6 +38,11 @@ COMMANDS = {
     "ablate plot": ("train.ablation", "draw ablations again from what their arms logged, or from a result"),
     "report": ("train.report", "one HTML page of a run: curves, pictures, answers"),
 }
+# What happens to files that no check beforehand rules out; that one is missing is for checks to say.
+FILE_TROUBLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+)
 # The only variables that the program reads; a misspelt one would silently do nothing.
 VARIABLES = {"NEXUS_GEN_RUNS": "where runs are written when runs_dir is not given"}
 
@@ -113,6 +119,14 @@ def main(argv: list[str] | None = None) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain at its end
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in FILE_TROUBLE:
+            raise
+        where = error.filename2 or error.filename
+        print(
+            f"error: {f'{where}: ' if where else ''}{error.strerror}; mend that, or give another path", file=sys.stderr
+        )
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -34,7 +34,7 @@ def candidates(line: str) -> list[str]:
 
 def main(argv: list[str]) -> int:
     if argv[1:2] == ["--for"]:
-        print("\n".join(candidates(argv[2])))
+        print("\n".join(candidates(" ".join(argv[2:]) or "nexus-gen ")))
     else:
         print(SCRIPT)
     return 0

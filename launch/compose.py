@@ -35,8 +35,14 @@ class Override:
             raise UserError(f"'{text}' is not key=value: {str(error).splitlines()[-1]}") from error
         if parsed.is_sweep_override():
             raise UserError(f"'{text}' is a sweep; give one value, or start one run per value")
+        if parsed.is_delete():
+            raise UserError(f"'{text}' takes a key away, and every stage needs its keys; give key=value")
         key = parsed.key_or_group.split("@")[0]
-        return Override(text, key, (CONFIGS / key).is_dir())
+        is_group = (CONFIGS / key).is_dir()
+        if is_group and not isinstance(parsed.value(), str):
+            files = (path.stem for path in (CONFIGS / key).glob("*.yaml"))
+            raise UserError(f"'{text}' names no file of configs/{key}/{nearest('', files)}")
+        return Override(text, key, is_group)
 
 
 def compose_stage(overrides: list[Override]) -> StageConfig:

@@ -17,6 +17,8 @@ from nexus_gen.specs.prompts import LANGUAGES
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MAX_SEED = 2**63 - 1  # that torch's generators take
+
 
 def add_model_arguments(parser: argparse.ArgumentParser, paints: bool) -> argparse._ArgumentGroup:
     """--device, --autoregressive and, for a command that paints, --flux; returns the group, for what else it loads."""
@@ -77,6 +79,8 @@ def check(command: str, arguments: argparse.Namespace) -> ModelPaths:
         value = getattr(arguments, name, None)
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    if abs(getattr(arguments, "seed", 0)) > MAX_SEED:
+        raise UserError(f"--seed is {arguments.seed}; it must be {MAX_SEED} at most")
     result_path = getattr(arguments, "result_path", None)
     if result_path is not None and result_path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--result-path {result_path} has no picture suffix; end it in .png, .jpg or .webp")

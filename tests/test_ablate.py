@@ -148,7 +148,7 @@ def test_a_metric_that_an_arm_lacks_is_left_out_and_named(tmp_path: Path) -> Non
     assert "| one | 1.5 (1 to 2) | 4     | 1       |" in ended.stdout and "the rate" not in ended.stdout
     # What is none, and a plan, whose arms are elsewhere.
     plan = {**result, "stages": [], "arms": {"one": {"seeds": {"42": "one"}}}}
-    for text in ("{", "[1]", '{"scores": {}}', json.dumps(plan)):
+    for text in ("{", "[1]", '{"scores": {}}', *map(json.dumps, (plan, {**result, "arms": {}}, {**result, "arms": 1}))):
         (tmp_path / "no.json").write_text(text, encoding="utf-8")
         ended = nexus_gen("ablate", "plot", tmp_path / "no.json")
         assert ended.returncode == 2 and len(ended.stderr.strip().splitlines()) == 1, ended.stderr

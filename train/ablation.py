@@ -46,6 +46,12 @@ def read_planned(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error}); `nexus-gen ablate` writes it again") from error
     if not isinstance(values, dict) or not values.keys() >= PLANNED:
         raise UserError(f"{path} lacks one of {', '.join(sorted(PLANNED))}; give a result of `nexus-gen ablate`")
+    metrics, arms = values["metrics"], values["arms"]
+    if not isinstance(metrics, dict) or not isinstance(arms, dict) or not arms:
+        raise UserError(f"{path} has no arms to compare; give a result of `nexus-gen ablate`")
+    for name, arm in arms.items():
+        if not isinstance(arm, dict) or not isinstance(arm.get("seeds"), dict) or not arm["seeds"]:
+            raise UserError(f"{path} says of no seed what arm {name} logged; give a result of `nexus-gen ablate`")
     return values
 
 

@@ -133,6 +133,8 @@ def read_edits(path: Path, images: Path) -> list[Edit]:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not key -> id, prompt, edit_type ({error!r}); give ImgEdit's file") from error
     for edit in edits:
+        if not isinstance(edit.prompt, str):
+            raise UserError(f"{path}: the prompt of {edit.key} is {edit.prompt!r}; give a text")
         if not edit.image.is_file():
             raise UserError(f"{path}: {edit.image} of {edit.key} does not exist; give --images, where its ids begin")
         if Path(edit.key).name != edit.key:

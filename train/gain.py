@@ -32,7 +32,7 @@ def gains_of(run: Path, against: Path) -> list[Gain]:
     found: list[tuple[list[str], Path, Manifest]] = []
     for file in sorted(run.glob(f"evaluation/*/{MANIFEST}")):
         after = Manifest.load(file.parent)
-        if after.kind == "evaluation" and after.inputs["rows"] == before.inputs["rows"]:
+        if after.kind == "evaluation" and after.inputs.get("rows") == before.inputs.get("rows"):
             unlike = [key for key in SAME if after.config.get(key) != before.config.get(key)]
             found.append((unlike, file.parent, after))
     if not found:

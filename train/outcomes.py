@@ -16,6 +16,7 @@ from train.measures import Score, average, mean_of, proportion, psnr, ssim
 from train.scoring import geneval_metadata, is_right, judge_edit, same_scene, unmet
 
 Outcome = dict[str, Any]  # one row of `outcomes.jsonl`
+SCENE = {"objects", "ground", "texture"}  # what is known of a picture
 MAX_ANSWER_TOKENS = 24  # that a model may answer a question with
 
 
@@ -29,10 +30,11 @@ def require_truth(row: Row) -> dict[str, Any]:
             f"{row.where}: truth.category is {truth['category']!r}; of {row.task} rows there are "
             f"{', '.join(known) or 'none to score'}"
         )
-    if len(truth["scenes"]) != len(row.images):
-        raise UserError(
-            f"{row.where}: truth has {len(truth['scenes'])} scenes for {len(row.images)} pictures; give one each"
-        )
+    scenes = truth["scenes"]
+    if not isinstance(scenes, list) or not all(isinstance(scene, dict) and scene.keys() >= SCENE for scene in scenes):
+        raise UserError(f"{row.where}: truth.scenes must be a list of {{{', '.join(sorted(SCENE))}}}")
+    if len(scenes) != len(row.images):
+        raise UserError(f"{row.where}: truth has {len(scenes)} scenes for {len(row.images)} pictures; give one each")
     return truth
 
 

@@ -53,7 +53,11 @@ class Manifest:
                 f"{directory} is not an artifact (no {MANIFEST}); give the artifact/ directory of a finished stage"
             )
         try:
-            return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+            manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+            for name in ("config", "inputs", "code", "details", "files"):
+                if not isinstance(getattr(manifest, name), dict):
+                    raise TypeError(f"{name} is no object")
+            return manifest
         except (TypeError, ValueError) as error:
             raise UserError(f"{path} is not a readable manifest ({error}); run the stage that made it again") from error
 

@@ -134,7 +134,10 @@ def flux_of(run: Path, decoder: str) -> Path:
     own, config = run / "standins" / "artifact" / "FLUX.1-dev", run / decoder / "config.yaml"
     if own.is_dir() or not config.is_file():
         return own
-    return Path(yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["flux"])
+    try:
+        return Path(yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["flux"])
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{config} does not say what model.flux was; give --flux") from error
 
 
 def default_run() -> Path:

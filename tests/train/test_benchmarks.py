@@ -60,6 +60,7 @@ def test_rows_that_scripts_could_not_score_are_named(heldout: Path, tmp_path: Pa
         for truth, sentence in (
             ({**row["truth"], "category": "taste"}, f"truth.category is 'taste'; of {task} rows there are"),
             ({**row["truth"], "scenes": []}, "truth has 0 scenes for"),
+            ({**row["truth"], "scenes": [1] * len(row["images"])}, "truth.scenes must be a list of {ground, objects"),
             ({"answer": "no"}, "no ground truth"),
         ):
             path = tmp_path / "rows.jsonl"
@@ -74,6 +75,7 @@ def test_rows_that_scripts_could_not_score_are_named(heldout: Path, tmp_path: Pa
         ('{"1": {"id": "a.jpg", "prompt": "x", "edit_type": "add"}}', "a.jpg of 1 does not exist; give --images"),
         ('{"1": {"prompt": "x"}}', "is not key -> id, prompt, edit_type"),
         ("[1]", "is not key -> id, prompt, edit_type"),
+        ('{"1": {"id": "edits.json", "prompt": 3, "edit_type": "add"}}', "the prompt of 1 is 3; give a text"),
         ('{"../1": {"id": "edits.json", "prompt": "x", "edit_type": "add"}}', "the key '../1' is no file name"),
     ],
 )

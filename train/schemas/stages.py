@@ -81,6 +81,8 @@ class StageConfig:
         self.launch.check()
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; it must be 0 or more")
+        if not self.name:
+            raise UserError("name is empty; a run is called something, as in name=mine")
 
     def inputs(self) -> dict[str, Path]:
         """Role -> the file or directory that this stage reads."""
