@@ -83,6 +83,8 @@ def rows_file(arguments: argparse.Namespace) -> Path:
     """The rows to evaluate on: a file that is given, or a split beside the run's held-out rows."""
     if arguments.rows is not None:
         return arguments.rows
+    if not arguments.run.is_dir():
+        raise UserError(f"{arguments.run} is not a run directory; finished runs are under runs/")
     if not (arguments.run / "pretrain" / "config.yaml").is_file():
         raise UserError(f"{arguments.run} has not begun stage=pretrain; finish it, or give --rows")
     heldout = load_config(arguments.run / "pretrain").inputs()["data.heldout"]

@@ -163,6 +163,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     arguments = parser.parse_args(argv[1:])
     run = arguments.run
+    if arguments.num_samples < 0:
+        raise UserError(f"--num-samples is {arguments.num_samples}; it must be 0 or more")
     if not run.is_dir():
         raise UserError(f"{run} is not a run directory; finished runs are under runs/")
     missing = [name for name in LOSSES if not (run / name / "artifact" / MANIFEST).is_file()]

@@ -116,6 +116,8 @@ def test_help_and_config_errors_import_no_torch(arguments: list[str]) -> None:
         (["generate", "--prompt", "x", "--run", "nowhere"], "finish stage=pretrain of nowhere"),
         (["understand", "--prompt", "x", "--input-image", "no.png"], "--input-image no.png does not exist"),
         (["report", "nowhere"], "nowhere is not a run directory"),
+        (["report", ".", "--num-samples", "-1"], "--num-samples is -1; it must be 0 or more"),
+        (["evaluate", "nowhere"], "nowhere is not a run directory"),
         (["ablate", "refrence"], "there is no ablation 'refrence'; did you mean 'reference'?"),
         (["ablate", "trainer.max_steps=3"], "name an ablation: conditioning, "),
         (["ablate", "reference", "--run", "nowhere"], "nowhere is not a run directory"),
