@@ -120,6 +120,10 @@ class DecoderStage(Stage[DecoderConfig]):
         config = self.config
         spec = ShardSpec.load(Manifest.load(config.shards))
         dtype = DTYPES[config.trainer.precision]
+        checkpoint = latest_checkpoint(self.run_dir)
+        metrics = MetricsLogger(
+            self.run_dir, config.logger, self.rank, checkpoint_step(checkpoint) if checkpoint else 0
+        )
         needs_null = config.objective.condition_dropout > 0 or config.sampling.cfg_scale != 1
         module = DecoderModule(
             self._starting_decoder(spec.embed_dim),
@@ -147,10 +151,6 @@ class DecoderStage(Stage[DecoderConfig]):
         if config.average.decay:
             average = WeightAverage(module.decoder, config.average.decay, self.rank, self.world_size)
         exported = average if config.average.export == "average" else None
-        checkpoint = latest_checkpoint(self.run_dir)
-        metrics = MetricsLogger(
-            self.run_dir, config.logger, self.rank, checkpoint_step(checkpoint) if checkpoint else 0
-        )
         monitor = DecoderMonitor(config, metrics, self.rank, self.world_size, dtype, exported)
         result = fit(
             module,

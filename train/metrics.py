@@ -1,7 +1,7 @@
 """What a training stage records: metrics.jsonl always, TensorBoard and wandb when configured.
 
 Names: `train/loss`, `heldout/loss`, `perf/samples_per_s`; steps are optimizer steps. A resumed stage first drops the
-lines past its checkpoint, so the file reads as if nothing had been interrupted.
+lines past its checkpoint, so the file reads as if nothing had been interrupted. In wandb it goes on in the same run.
 """
 
 import json
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from nexus_gen.specs.artifact import write_text_atomic
+from nexus_gen.specs.errors import UserError
 from train.schemas.common import LoggerConfig
 
 METRICS = "metrics.jsonl"
@@ -36,7 +38,10 @@ def latest(run_dir: Path, prefix: str) -> dict[str, float]:
 
 
 class MetricsLogger:
-    """Writes on rank zero; on other ranks every call does nothing."""
+    """Writes on rank zero; on other ranks every call does nothing.
+
+    Raises UserError when wandb does not start: no account, no connection.
+    """
 
     def __init__(self, run_dir: Path, config: LoggerConfig, rank: int, start_step: int = 0) -> None:
         self._file: Any = None
@@ -52,15 +57,7 @@ class MetricsLogger:
 
             self._tensorboard = SummaryWriter(str(run_dir / "log" / "tensorboard"), purge_step=start_step + 1)
         if config.wandb_mode != "disabled":
-            import wandb
-
-            self._wandb = wandb.init(
-                project=config.wandb_project,
-                mode=cast(Any, config.wandb_mode),
-                dir=str(run_dir / "log"),
-                name=f"{run_dir.parent.name}-{run_dir.name}",
-                resume="allow",
-            )
+            self._wandb = start_wandb(run_dir, config, resumed=start_step > 0)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record values at an optimizer step, with the wall-clock time."""
@@ -72,7 +69,7 @@ class MetricsLogger:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
+            self._wandb.log({"step": step, **metrics})
 
     def log_picture(self, step: int, name: str, picture: Image.Image) -> None:
         """Show a picture in TensorBoard and wandb; the caller keeps the file."""
@@ -81,7 +78,7 @@ class MetricsLogger:
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({name: wandb.Image(picture)}, step=step)
+            self._wandb.log({"step": step, name: wandb.Image(picture)})
 
     def close(self) -> None:
         if self._file is not None:
@@ -90,3 +87,30 @@ class MetricsLogger:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def start_wandb(run_dir: Path, config: LoggerConfig, resumed: bool) -> Any:
+    """A run in wandb with the stage's config; a resumed stage goes on with the one that log/wandb_id names."""
+    import wandb
+
+    id_file = run_dir / "log" / "wandb_id"
+    try:
+        run = wandb.init(
+            project=config.wandb_project,
+            mode=cast(Any, config.wandb_mode),
+            dir=str(run_dir / "log"),
+            id=id_file.read_text(encoding="utf-8") if resumed and id_file.is_file() else None,
+            resume="allow" if config.wandb_mode == "online" else None,  # offline, `wandb sync` joins what has one id
+            name=f"{run_dir.parent.name}-{run_dir.name}",
+            group=run_dir.parent.name,
+            job_type=run_dir.name,
+            config=yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")),
+        )
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"wandb does not start ({error}); log in with `wandb login`, or give logger.wandb_mode=offline"
+        ) from error
+    write_text_atomic(id_file, run.id)
+    # wandb's own step only grows: steps that are trained again after an interruption would be dropped.
+    run.define_metric("*", step_metric="step")
+    return run

@@ -141,6 +141,9 @@ class PretrainPipeline(SwiftSft):
         self.accumulation = config.trainer.accumulation(world_size)
         self.finished = False
         self.average: WeightAverage | None = None
+        self.checkpoints = complete_checkpoints(config.run_dir / CHECKPOINTS)
+        self.start_step = checkpoint_step(self.checkpoints[-1]) if self.checkpoints else 0
+        self.metrics = MetricsLogger(config.run_dir, config.logger, rank, self.start_step)
         deepspeed_path = config.run_dir / "log" / "deepspeed.json"
         if rank == 0:
             settings = deepspeed_config(config.trainer.zero_stage, device_type)
@@ -215,13 +218,11 @@ class PretrainPipeline(SwiftSft):
         """Train on from the latest complete checkpoint."""
         config = self.config
         directory = config.run_dir / CHECKPOINTS
-        checkpoints = complete_checkpoints(directory)
-        start_step = checkpoint_step(checkpoints[-1]) if checkpoints else 0
+        checkpoints, start_step, metrics = self.checkpoints, self.start_step, self.metrics
         budget = config.data.token_budget
         self.guard = guard = StepGuard(self.accumulation, start_step, self.model.config.image_token_id, budget)
         if budget:
             schedule_by_tokens(trainer, guard, config.optim)
-        metrics = MetricsLogger(config.run_dir, config.logger, self.rank, start_step)
         step_metrics = StepMetrics(guard, metrics, config.trainer, lambda: trainer.optimizer.param_groups[0]["lr"])
         # DeepSpeed's own files hold the weights; swift's copy would gather them all and take their space once more.
         trainer.save_model = lambda *args, **kwargs: None
