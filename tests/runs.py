@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -115,11 +116,9 @@ def wait_for(event: Callable[[], bool], command: psutil.Popen, output: Path) -> 
         time.sleep(0.005)
 
 
-def interrupt(arguments: list[str], when: Callable[[], bool], number: signal.Signals, output: Path) -> int:
-    """Start a command, signal it as soon as `when` holds, and wait; returns its exit status.
-
-    SIGKILL hits the command and all its processes at once, as a power cut would; other signals hit the command alone.
-    """
+@contextmanager
+def started(arguments: list[str], output: Path) -> Iterator[psutil.Popen]:
+    """A command that writes to `output`; a test that fails leaves none of its processes behind."""
     with open(output, "w", encoding="utf-8") as file:
         command = psutil.Popen(
             [NEXUS_GEN, *arguments],
@@ -128,6 +127,22 @@ def interrupt(arguments: list[str], when: Callable[[], bool], number: signal.Sig
             # Tests that run under nohup would hand on that SIGHUP is ignored.
             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
+        try:
+            yield command
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                for process in [command, *command.children(recursive=True)]:
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
+            command.wait()
+
+
+def interrupt(arguments: list[str], when: Callable[[], bool], number: signal.Signals, output: Path) -> int:
+    """Start a command, signal it as soon as `when` holds, and wait; returns its exit status.
+
+    SIGKILL hits the command and all its processes at once, as a power cut would; other signals hit the command alone.
+    """
+    with started(arguments, output) as command:
         wait_for(when, command, output)
         if number == signal.SIGKILL:
             processes = [command, *command.children(recursive=True)]

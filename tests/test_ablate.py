@@ -3,7 +3,7 @@
 import json
 import shutil
 import signal
-import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 from PIL import Image
-from runs import NEXUS_GEN, STEPS, losses, nexus_gen, succeed, wait_for
+from runs import STEPS, losses, nexus_gen, started, succeed, wait_for
 
 from nexus_gen.specs.artifact import Manifest
 from train.ablation import run_facts
@@ -94,20 +94,23 @@ def test_an_arm_that_fails_is_named_and_the_others_are_compared(trained: Trained
 def test_arms_end_with_the_command(number: signal.Signals, in_training: bool, tiny_run: Path, tmp_path: Path) -> None:
     command = ["ablate", "reference", "--run", tiny_run, "--output", tmp_path, *SMALLEST, "trainer.max_steps=1000000"]
     stage = tmp_path / "reference" / "with_reference" / "seed42" / "editing_decoder"
-    with open(tmp_path / "output", "w", encoding="utf-8") as output:
-        ablate = psutil.Popen([NEXUS_GEN, *map(str, command)], stdout=output, stderr=subprocess.STDOUT)
+    with started(list(map(str, command)), tmp_path / "output") as ablate:
 
-    def worker_is_there() -> bool:
-        commands = [process.cmdline() for process in ablate.children(recursive=True)]
-        return any("train.worker" in words and "train.torchrun" not in words for words in commands)
+        def worker_is_there() -> bool:
+            for process in ablate.children(recursive=True):
+                with suppress(psutil.Error):  # it may have ended meanwhile
+                    words = process.cmdline()
+                    if "train.worker" in words and "train.torchrun" not in words:
+                        return True
+            return False
 
-    wait_for((lambda: len(losses(stage)) > 0) if in_training else worker_is_there, ablate, tmp_path / "output")
-    processes = ablate.children(recursive=True)
-    assert len(processes) >= 3  # the arm, torchrun and its worker
-    ablate.send_signal(number)
-    _, alive = psutil.wait_procs(processes, timeout=120)
-    assert alive == []
-    assert ablate.wait() == (-number if number == signal.SIGKILL else 3)
+        wait_for((lambda: len(losses(stage)) > 0) if in_training else worker_is_there, ablate, tmp_path / "output")
+        processes = ablate.children(recursive=True)
+        assert len(processes) >= 3  # the arm, torchrun and its worker
+        ablate.send_signal(number)
+        _, alive = psutil.wait_procs(processes, timeout=120)
+        assert alive == []
+        assert ablate.wait() == (-number if number == signal.SIGKILL else 3)
     assert len(list((stage / "checkpoints").glob("step_*"))) == in_training  # it goes on from there
     assert not (tmp_path / "reference" / "without").exists()
 

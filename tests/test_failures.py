@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import NEXUS_GEN, SMALLEST, copy_run, losses, nexus_gen, run_arguments, stage_arguments, wait_for
+from runs import SMALLEST, copy_run, losses, nexus_gen, run_arguments, stage_arguments, started, wait_for
 
 from data.shards import index_shard
 from launch.compose import Override, compose_stage
@@ -59,16 +59,15 @@ def test_workers_save_and_end_when_their_launcher_is_killed(tiny_run: Path, tmp_
     endless = ["max_steps=1000000", "log_every_steps=1", "checkpoint_every_steps=0"]
     trainer = [f"generation_decoder.trainer.{value}" for value in endless]
     arguments = run_arguments(run, "pipeline=tiny", *SMALLEST, *trainer)
-    with open(tmp_path / "output", "w", encoding="utf-8") as output:
-        launcher = psutil.Popen([NEXUS_GEN, *arguments], stdout=output, stderr=subprocess.STDOUT)
-    wait_for(lambda: len(losses(run / "generation_decoder")) > 0, launcher, tmp_path / "output")
-    second = nexus_gen(*arguments)
-    assert second.returncode == 2 and f"is in use by process {launcher.pid} on" in second.stderr
-    processes = launcher.children(recursive=True)
-    assert len(processes) >= 4  # torchrun and its worker, and those of the next stage
-    launcher.send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs(processes, timeout=120)
-    assert alive == []
+    with started(arguments, tmp_path / "output") as launcher:
+        wait_for(lambda: len(losses(run / "generation_decoder")) > 0, launcher, tmp_path / "output")
+        second = nexus_gen(*arguments)
+        assert second.returncode == 2 and f"is in use by process {launcher.pid} on" in second.stderr
+        processes = launcher.children(recursive=True)
+        assert len(processes) >= 4  # torchrun and its worker, and those of the next stage
+        launcher.send_signal(signal.SIGKILL)
+        _, alive = psutil.wait_procs(processes, timeout=120)
+        assert alive == []
     assert len(list((run / "generation_decoder" / "checkpoints").glob("step_*"))) == 1
 
 
