@@ -1,5 +1,6 @@
 """What a stage records goes on where it was, in its file and in wandb."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,11 +36,13 @@ def test_a_resumed_stage_goes_on_in_its_run_of_wandb(run_dir: Path) -> None:
     record(run_dir, 3, 5)  # from a checkpoint at step 2
     assert [row["step"] for row in read_metrics(run_dir)] == [1, 2, 3, 4, 5]
     name = (run_dir / "log" / "wandb_id").read_text(encoding="utf-8")
-    first, second = sorted((run_dir / "log" / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
+    first, second = sorted((run_dir / "log" / "wandb").glob(f"offline-run-*-{name}*/run-{name}.wandb"))
+    words = {b"mine-generation_decoder", b"learning_rate", b"train/loss", b"media/images/samples"}
     for file in (first, second):
-        content = file.read_bytes()
-        for word in (b"mine-generation_decoder", b"learning_rate", b"train/loss", b"media/images/samples"):
-            assert word in content, word
+        until = time.monotonic() + 60  # wandb's own process writes the file, a little later
+        while missing := {word for word in words if word not in file.read_bytes()}:
+            assert time.monotonic() < until, missing
+            time.sleep(0.05)
     record(run_dir, 1, 2)  # over again
     assert (run_dir / "log" / "wandb_id").read_text(encoding="utf-8") != name
 

@@ -39,6 +39,11 @@ def not_negative(section: str, config: Any, *names: str) -> None:
             raise UserError(f"{section}.{name} is {getattr(config, name)}; it must be 0 or more")
 
 
+def share(section: str, config: Any, name: str) -> None:
+    if not 0 <= getattr(config, name) <= 1:
+        raise UserError(f"{section}.{name} is {getattr(config, name)}; it is a share from 0 to 1")
+
+
 @dataclass
 class LaunchConfig:
     """Where the processes of a stage run.

@@ -45,6 +45,7 @@ from train.schemas.common import (
     not_negative,
     one_of,
     positive,
+    share,
 )
 
 log = logging.getLogger(__name__)
@@ -158,10 +159,7 @@ class StandinsStageConfig(StageConfig):
     def check(self) -> None:
         super().check()
         self.model.check()
-        if not 0 <= self.standins.vision_recoloured <= 1:
-            raise UserError(
-                f"standins.vision_recoloured is {self.standins.vision_recoloured}; it is a share from 0 to 1"
-            )
+        share("standins", self.standins, "vision_recoloured")
         positive("standins", self.standins, "vae_steps", "vae_batch_size", "vision_batch_size", "num_images")
         not_negative("standins", self.standins, "vision_steps")
 
@@ -225,8 +223,7 @@ class PretrainConfig(StageConfig):
         self.average.check()
         self.heldout.check()
         not_negative("objective", self.objective, "text_loss_weight", "image_loss_weight")
-        if not 0 <= self.objective.cosine_fraction <= 1:
-            raise UserError(f"objective.cosine_fraction is {self.objective.cosine_fraction}; it is a share from 0 to 1")
+        share("objective", self.objective, "cosine_fraction")
         one_of("objective.target_inputs", self.objective.target_inputs, "prefill", "embeddings")
         positive("data", self.data, "max_length", "max_pixels")
         if not 0 <= self.data.max_bad_fraction < 1:
@@ -416,8 +413,7 @@ class DecoderObjective:
         one_of("objective.density", self.density, "uniform", "logit_normal")
         one_of("objective.weighting", self.weighting, "published", "none")
         positive("objective", self, "shift")
-        if not 0 <= self.condition_dropout <= 1:
-            raise UserError(f"objective.condition_dropout is {self.condition_dropout}; it must be from 0 to 1")
+        share("objective", self, "condition_dropout")
 
 
 @dataclass
@@ -527,10 +523,7 @@ class GenerationDecoderConfig(DecoderConfig):
 
     def check(self) -> None:
         super().check()
-        if not 0 <= self.objective.predicted_fraction <= 1:
-            raise UserError(
-                f"objective.predicted_fraction is {self.objective.predicted_fraction}; it is a share from 0 to 1"
-            )
+        share("objective", self.objective, "predicted_fraction")
 
     def preflight(self) -> None:
         super().preflight()
