@@ -220,7 +220,6 @@ def build_qwen(
             standins.vision_batch_size,
             seed,
             num_target_tokens,
-            standins.vision_recoloured,
         )
     else:
         initialise_vision(tower, seed)

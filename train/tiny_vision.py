@@ -43,6 +43,8 @@ WARMUP_STEPS = 100
 CELL_PIXELS = 4  # a token tells the colours of its cell at 4 x 4
 EMBED_NOISE = 0.2  # of embeddings with std 1: what is predicted later is never exact, and must still tell
 FACTS = ("shape", "colour", "size")
+TOLD = ((1, 0, 1), (0, 1, 0), (0, 0, 1))  # which facts pictures in other hues tell, bent ones, and those as drawn
+BEND, BEND_KNOTS = 0.1, 10  # how far, in half sides of a picture (std), the knots across it are pulled
 FACT_WEIGHT, PLACE_WEIGHT, CELL_WEIGHT = 0.3, 0.5, 10.0
 REFERENCE_SHARE = 4  # of the batch on a step of its larger grid, which costs four times as much
 
@@ -107,7 +109,6 @@ def fit_vision(
     batch_size: int,
     seed: int,
     num_target_tokens: int = RELEASED_TARGET_TOKENS,
-    recoloured_fraction: float = 0.0,
 ) -> dict[str, float]:
     """Train the tower in place to describe every token linearly; returns how well it does on pictures left out.
 
@@ -115,8 +116,7 @@ def fit_vision(
     and size of the object that reaches into the cell. Learned on every grid that it will see: that of references, that
     of targets and, where it is another, that of these pictures as context.
     pictures: (N, 3, S, S) uint8, on the device to train on, where the tower stays. The same device makes the same
-    weights. recoloured_fraction: of the pictures of a step, which are shown in random colours and teach no colour's
-    name, so that a shape is told in colours in which it was never drawn.
+    weights.
     """
     device, side, patch = pictures.device, pictures.shape[-1], processor.image_processor.patch_size
     target, context = patches_per_side(num_target_tokens), context_size(side, side, patch, 4 * side**2)[0] // patch
@@ -140,10 +140,7 @@ def fit_vision(
         grid = grids[step % len(grids)]
         count = max(1, batch_size // REFERENCE_SHARE) if grid == REFERENCE_GRID else batch_size
         index = held_out + torch.randint(len(pictures) - held_out, (count,), generator=generator, device=device)
-        batch, wanted = in_unit_range(pictures[index]), labels[grid][index]
-        if recoloured := round(recoloured_fraction * count):
-            batch[:recoloured] = in_random_colours(batch[:recoloured], generator)
-            wanted[:recoloured, ..., FACTS.index("colour")] = -1
+        batch, wanted = one_fact_each(in_unit_range(pictures[index]), labels[grid][index], generator)
         embeds = heads.normalise(embed(tower, processor, batch, grid))
         embeds = embeds + EMBED_NOISE * torch.randn(embeds.shape, generator=generator, device=device)
         losses = heads.losses(embeds, batch, wanted)
@@ -221,10 +218,51 @@ def reinitialise(tower: VisionTower) -> None:
             nn.init.normal_(parameter, std=gain * parameter[0].numel() ** -0.5)
 
 
-def in_random_colours(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1], the colours of each turned about mid grey or mirrored there, and clipped."""
-    turns, _ = torch.linalg.qr(torch.randn(len(pictures), 3, 3, generator=generator, device=pictures.device))
-    return torch.einsum("bij,bjhw->bihw", turns, pictures).clamp(-1, 1)
+def one_fact_each(pictures: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """By turns a picture in other hues, a bent one, and one as it was drawn, with the labels of what it tells (`TOLD`).
+
+    Whoever learns both from pictures as drawn reads the one from the other where a dataset does not show every pair:
+    what is yellow was never a square. pictures (B, 3, S, S) in [-1, 1] and labels (B, N, N, facts), neither changed.
+    """
+    device = pictures.device
+    turn = torch.randint(3, (1,), generator=generator, device=device)
+    kind = ((torch.arange(len(pictures), device=device) + turn) % 3)[:, None, None, None]
+    bent_pictures, bent_labels = bent(pictures, labels, generator)
+    pictures = torch.where(kind == 0, in_random_hues(pictures, generator), pictures)
+    pictures, labels = torch.where(kind == 1, bent_pictures, pictures), torch.where(kind == 1, bent_labels, labels)
+    told = torch.tensor(TOLD, dtype=torch.bool, device=device)[kind[..., 0]]
+    return pictures, torch.where(told, labels, -1)
+
+
+def in_random_hues(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1], the colours of each turned about grey, or mirrored there, and clipped."""
+    device, count = pictures.device, len(pictures)
+    angle = torch.rand(count, generator=generator, device=device) * 2 * math.pi
+    mirror = torch.randint(2, (count,), generator=generator, device=device) * 2 - 1
+    turns = torch.zeros(count, 3, 3, device=device)
+    turns[:, 0, 0] = 1
+    turns[:, 1, 1], turns[:, 1, 2] = angle.cos(), -angle.sin() * mirror
+    turns[:, 2, 1], turns[:, 2, 2] = angle.sin(), angle.cos() * mirror
+    # Grey and two directions across it, all of length 1.
+    basis = F.normalize(torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]], device=device))
+    return torch.einsum("bij,bjhw->bihw", basis.T @ turns @ basis, pictures).clamp(-1, 1)
+
+
+def bent(pictures: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pictures (B, 3, S, S) pulled about until no shape is left, and labels (B, N, N, facts) moved with them."""
+    knots = torch.randn(len(pictures), 2, BEND_KNOTS, BEND_KNOTS, generator=generator, device=pictures.device) * BEND
+
+    def seen_from(size: int) -> Tensor:
+        """(B, size, size, 2): where each pixel comes from, x and y in [-1, 1]."""
+        line = (torch.arange(size, device=pictures.device) + 0.5) / size * 2 - 1
+        straight = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)
+        return straight + F.interpolate(knots, (size, size), mode="bicubic").permute(0, 2, 3, 1)
+
+    def pulled(values: Tensor, mode: str) -> Tensor:
+        return F.grid_sample(values, seen_from(values.shape[-1]), mode, padding_mode="border", align_corners=False)
+
+    moved = pulled(labels.permute(0, 3, 1, 2).float(), "nearest").permute(0, 2, 3, 1)
+    return pulled(pictures, "bilinear"), moved.to(labels.dtype)
 
 
 def embed(tower: VisionTower, processor: Any, pictures: Tensor, grid: int) -> Tensor:

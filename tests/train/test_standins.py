@@ -21,7 +21,15 @@ from train.schemas.stages import StandinsConfig, StandinsModelConfig
 from train.standins import build_standins
 from train.tiny_tokenizers import QWEN_SPECIAL_TOKENS, train_clip_tokenizer, train_qwen_tokenizer
 from train.tiny_vae import build_vae, fit_vae, in_unit_range, reconstruction_psnr, stacked
-from train.tiny_vision import fit_vision, in_random_colours, patch_values, target_embeddings, token_labels
+from train.tiny_vision import (
+    bent,
+    fit_vision,
+    in_random_hues,
+    one_fact_each,
+    patch_values,
+    target_embeddings,
+    token_labels,
+)
 
 SIZE = 32
 MODEL = StandinsModelConfig(
@@ -39,7 +47,6 @@ STANDINS = StandinsConfig(
     vae_batch_size=8,
     vision_steps=0,
     vision_batch_size=8,
-    vision_recoloured=0.0,
     num_images=24,
 )
 CORPUS = [
@@ -205,28 +212,61 @@ def test_a_fitted_tower_tells_more_the_longer_it_is_fitted(built, num_target_tok
     assert scores[1]["cell_r2"] > scores[0]["cell_r2"] + 0.1
 
 
-def test_random_colours_keep_mid_grey_and_the_distances_between_colours():
+def test_other_hues_keep_greys_and_the_distances_between_colours():
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.zeros(2, 3, 1, 3)
-    pictures[:, 0, 0, 1], pictures[:, 1, 0, 2] = 0.5, 0.5  # grey, red, green
-    grey, red, green = in_random_colours(pictures, generator)[:, :, 0].unbind(-1)
-    torch.testing.assert_close(grey, torch.zeros(2, 3))
+    pictures = torch.full((2, 3, 1, 3), -0.4)
+    pictures[:, 0, 0, 1], pictures[:, 1, 0, 2] = 0.1, 0.1  # grey, red, green
+    grey, red, green = in_random_hues(pictures, generator)[:, :, 0].unbind(-1)
+    torch.testing.assert_close(grey, torch.full((2, 3), -0.4))
     torch.testing.assert_close((red - green).norm(dim=1), torch.full((2,), 0.5**0.5))
     assert (red[0] - red[1]).norm() > 0.1
     assert (red - pictures[:, :, 0, 1]).norm(dim=1).min() > 0.1
 
 
-def test_a_tower_is_fitted_to_other_colours_too(built):
+def test_labels_follow_what_a_bent_picture_shows(monkeypatch):
+    monkeypatch.setattr("train.tiny_vision.BEND", 0.4)
+    monkeypatch.setattr("train.tiny_vision.BEND_KNOTS", 2)  # nearly a shift, by more than a cell
+    pictures, labels = torch.zeros(16, 3, 72, 72), torch.zeros(16, 9, 9, 3, dtype=torch.int64)
+    pictures[..., 24:48, 24:48], labels[:, 3:6, 3:6] = 1.0, 2
+    moved, told = bent(pictures, labels, torch.Generator().manual_seed(0))
+    object_there = moved[:, 0].unflatten(2, (9, 8)).unflatten(1, (9, 8)).mean((2, 4)) > 0.5
+    follows, stays = ((values[..., 0] > 0) == object_there for values in (told, labels))
+    assert follows.float().mean() > 0.97
+    assert stays.float().mean() < 0.9
+
+
+def test_a_picture_teaches_a_shape_or_a_colour_and_never_both():
+    generator = torch.Generator().manual_seed(0)
+    grey = torch.linspace(-0.9, 0.9, 9).view(9, 1, 1, 1).expand(-1, 3, 72, 72).clone()
+    pictures, labels = grey.clone(), torch.full((9, 9, 9, 3), 2)
+    pictures[..., 24:48, 24:48] = torch.tensor([0.8, -0.6, -0.6])[:, None, None]
+    before = pictures.clone(), labels.clone()
+    shown, told = one_fact_each(pictures, labels, generator)
+    assert torch.equal(pictures, before[0]) and torch.equal(labels, before[1])
+    kinds = {"shape": 0, "colour": 0, "neither": 0}
+    for picture, drawn, told_of_it in zip(shown, pictures, told, strict=True):
+        shape, colour, size = (told_of_it[..., fact].unique().tolist() for fact in range(3))
+        assert [shape, colour, size].count([-1]) + [shape, colour, size].count([2]) == 3
+        outline = (picture != picture[:, :1, :1]).any(0)
+        straight = torch.equal(outline, (drawn != drawn[:, :1, :1]).any(0))
+        same_colours = any(torch.allclose(pixel, drawn[:, 36, 36]) for pixel in picture.flatten(1).T)
+        if shape == [2]:
+            assert straight and not same_colours and (colour, size) == ([-1], [2])
+        elif colour == [2]:
+            assert same_colours and not straight and size == [-1]
+        else:
+            assert torch.equal(picture, drawn) and size == [2]
+        kinds["shape" if shape == [2] else "colour" if colour == [2] else "neither"] += 1
+    assert set(kinds.values()) == {3}
+
+
+def test_a_tower_is_fitted_to_what_the_ground_truth_tells(built):
     qwen = built[0] / "Qwen2.5-VL-Instruct"
     processor = load_processor(qwen)
     known = [[{"shape": "circle", "colour": "red", "size": "large", "bbox": [0.2, 0.2, 0.8, 0.8]}]] * len(IMAGES)
-    pictures, fitted = stacked(IMAGES), []
-    for recoloured in (0.0, 0.5):
-        tower = load_autoregressive(qwen, dtype=torch.float32).model.visual
-        scores = fit_vision(tower, processor, pictures, known, 2, 4, 0, 81, recoloured)
-        assert scores.keys() == {"cell_r2", "place_r2", "shape_accuracy", "colour_accuracy", "size_accuracy"}
-        fitted.append(tower.merger.mlp[-1].weight.detach().clone())
-    assert not torch.equal(*fitted)
+    tower, pictures = load_autoregressive(qwen, dtype=torch.float32).model.visual, stacked(IMAGES)
+    scores = fit_vision(tower, processor, pictures, known, 2, 4, 0)
+    assert scores.keys() == {"cell_r2", "place_r2", "shape_accuracy", "colour_accuracy", "size_accuracy"}
     assert torch.equal(pictures, stacked(IMAGES))
 
 

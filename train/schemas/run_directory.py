@@ -31,7 +31,6 @@ ADDED_SINCE: dict[str, Any] = {
     "data.quarantine": [],
     "shapes.new_names": 0.0,
     "model.num_target_tokens": 81,
-    "standins.vision_recoloured": 0.0,
 }
 
 

@@ -123,8 +123,7 @@ class StandinsConfig:
     """Geometry of the tiny models that have no config of their own yet, and how long two of them are fitted.
 
     vae_steps, vision_steps: batches of vae_batch_size and vision_batch_size pictures; vision_steps 0 leaves the vision
-    tower random, initialised to keep what it sees. vision_recoloured: the fraction of those pictures that are shown in
-    random colours, so that a shape is told in colours in which it was never drawn. num_images: pictures to fit to.
+    tower random, initialised to keep what it sees. num_images: pictures to fit to.
     """
 
     vision: VisionGeometry
@@ -135,7 +134,6 @@ class StandinsConfig:
     vae_batch_size: int
     vision_steps: int
     vision_batch_size: int
-    vision_recoloured: float
     num_images: int
 
 
@@ -159,7 +157,6 @@ class StandinsStageConfig(StageConfig):
     def check(self) -> None:
         super().check()
         self.model.check()
-        share("standins", self.standins, "vision_recoloured")
         positive("standins", self.standins, "vae_steps", "vae_batch_size", "vision_batch_size", "num_images")
         not_negative("standins", self.standins, "vision_steps")
 
