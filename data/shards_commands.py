@@ -346,7 +346,10 @@ def thumbnails(
         config = artifact.parent / "config.yaml"
         if not config.is_file():
             raise UserError(f"{config} does not exist; give --rows, the dataset that {artifact} was made from")
-        rows = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["data"][arguments.split])
+        try:
+            rows = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["data"][arguments.split])
+        except (UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+            raise UserError(f"{config} does not say what data.{arguments.split} was; give --rows") from error
     found = {}
     for _, row, _ in read_places(rows):
         if isinstance(row, Row) and (row.source, row.id) in wanted and row.images:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from nexus_gen.specs.models import SHIPPED_RUN
 
@@ -202,6 +203,30 @@ def test_a_dataset_row_with_too_few_images_is_refused_before_anything_starts(tmp
     assert ran.returncode == 2
     assert "rows.jsonl:1" in ran.stderr
     assert len(ran.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("num_editing", "sentence"),
+    [
+        (0, "rows.jsonl holds no editing rows (it has {'generation': 8}); stage=embed_editing needs some"),
+        (1, "rows.jsonl (editing rows) holds 1 train samples, fewer than one global batch of 8;"),
+    ],
+)
+def test_rows_that_a_later_stage_cannot_use_are_refused_before_the_first_one_starts(
+    num_editing: int, sentence: str, tmp_path: Path
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    painted = {"role": "assistant", "content": "<image>"}
+    drawn = {"images": ["a.png"], "messages": [{"role": "user", "content": "a circle"}, painted]}
+    edited = {"images": ["a.png"] * 2, "messages": [{"role": "user", "content": "<image> make it red"}, painted]}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in [drawn] * 8 + [edited] * num_editing))
+    data = [f"data.train={rows}", f"data.heldout={rows}", "trainer.micro_batch_size=4", "trainer.global_batch_size=8"]
+    place = ["name=mine", f"runs_dir={tmp_path}/runs"]
+    ran = nexus_gen("run", "pipeline=finetune", *place, *data, cwd=SHIPPED_RUN.parents[1])
+    assert ran.returncode == 2 and len(ran.stderr.strip().splitlines()) == 1, ran.stderr
+    assert sentence in ran.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("text", "sentence"), [("{", "is not readable"), ("[]", "holds no JSON object")])

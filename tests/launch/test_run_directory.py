@@ -183,7 +183,7 @@ def test_quarantine_files_are_held_against_the_dataset_first(runs: Path, caplog:
 
 
 def test_what_is_no_recorded_config_is_refused(runs: Path) -> None:
-    for text in ("", "stage: [1]", "{stage: pretrian, name: tiny, runs_dir: runs}"):
+    for text in ("", "a: [1\n b", "stage: [1]", "{stage: pretrian, name: tiny, runs_dir: runs}"):
         (runs / "config.yaml").write_text(text)
         with pytest.raises(UserError, match="is not the config of a stage; run the stage again"):
             load_config(runs)

@@ -20,6 +20,7 @@ from data.shards import index_shard, read_sample
 from data.shards_commands import main
 from nexus_gen.ar_checkpoint import load_autoregressive, save_autoregressive
 from nexus_gen.specs.artifact import Manifest, verify
+from nexus_gen.specs.errors import UserError
 from train.schemas.stages import EmbedStageConfig
 
 pytestmark = pytest.mark.slow
@@ -260,6 +261,9 @@ def test_eight_bits_and_predicted_embeddings(
     page = tmp_path / "page.html"
     assert main(["show", str(small.artifact_dir), "--rows", str(small.data.train), "--out", str(page)]) == 0
     assert page.read_text(encoding="utf-8").count("data:image/jpeg;base64,") >= NUM_TRAIN
+    (small.run_dir / "config.yaml").write_text("data: [", encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.yaml does not say what data\.train was; give --rows"):
+        main(["show", str(small.artifact_dir), "--out", str(page)])
 
 
 def test_the_loader_draws_predicted_embeddings_by_seed_epoch_and_sample(

@@ -159,7 +159,10 @@ def load_config(stage_dir: Path) -> StageConfig:
     path = stage_dir / "config.yaml"
     if not path.is_file():
         raise UserError(f"{path} does not exist; {stage_dir} is not the directory of a stage that was started")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError):
+        values = None
     if (
         not isinstance(values, dict)
         or not {"stage", "name", "runs_dir"} <= values.keys()

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -85,9 +86,14 @@ class StageConfig:
         if not self.name:
             raise UserError("name is empty; a run is called something, as in name=mine")
 
+    def rows(self) -> dict[str, Path]:
+        """Role -> the files of message rows among `inputs`."""
+        data: Any = getattr(self, "data", None)
+        return message_inputs(data) if data else {}
+
     def inputs(self) -> dict[str, Path]:
         """Role -> the file or directory that this stage reads."""
-        return {}
+        return self.rows()
 
     def content_fingerprints(self) -> dict[str, str]:
         """Role -> fingerprint of what the stage reads beyond `inputs`, such as the pictures that rows name."""
@@ -95,7 +101,14 @@ class StageConfig:
 
     def preflight(self) -> None:
         """Read the inputs far enough to refuse broken ones in seconds; no torch, no weights."""
-        for role, where in self.inputs().items():
+        self.require(self.inputs())
+
+    def preflight_rows(self) -> None:
+        """The part of `preflight` that message rows alone decide: a pipeline asks it before its first stage starts."""
+
+    def require(self, inputs: dict[str, Path]) -> None:
+        """UserError for one that is not there."""
+        for role, where in inputs.items():
             if not where.exists():
                 raise UserError(f"{role}: {where} does not exist; {self.remedy(where)}")
 
@@ -160,11 +173,11 @@ class StandinsStageConfig(StageConfig):
         positive("standins", self.standins, "vae_steps", "vae_batch_size", "vision_batch_size", "num_images")
         not_negative("standins", self.standins, "vision_steps")
 
-    def inputs(self) -> dict[str, Path]:
-        return message_inputs(self.data)
-
     def preflight(self) -> None:
         super().preflight()
+        self.preflight_rows()
+
+    def preflight_rows(self) -> None:
         check_dataset(self.data.train, left_out=self.data.left_out())
 
 
@@ -238,10 +251,7 @@ class PretrainConfig(StageConfig):
         return replace(self, trainer=replace(self.trainer, max_steps=steps))
 
     def inputs(self) -> dict[str, Path]:
-        return {
-            "model.qwen": Path(self.model.qwen),
-            **message_inputs(self.data),
-        }
+        return {"model.qwen": Path(self.model.qwen), **self.rows()}
 
     def preflight(self) -> None:
         super().preflight()
@@ -252,6 +262,9 @@ class PretrainConfig(StageConfig):
                 f"model.num_target_tokens is {wanted} and model.qwen {self.model.qwen} makes pictures of {own} tokens; "
                 f"give model.num_target_tokens={own}, or begin with a plain Qwen2.5-VL"
             )
+        self.preflight_rows()
+
+    def preflight_rows(self) -> None:
         left_out = checked_quarantine(self, self.data)
         check_dataset(self.data.train, self.data.max_bad_fraction, left_out)
         check_dataset(self.data.heldout, left_out=left_out)
@@ -319,10 +332,7 @@ class EmbedStageConfig(StageConfig):
             raise UserError(f"data.max_bad_fraction is {self.data.max_bad_fraction}; it must be in [0, 1)")
 
     def inputs(self) -> dict[str, Path]:
-        inputs = {
-            "embed.autoregressive": Path(self.embed.autoregressive),
-            **message_inputs(self.data),
-        }
+        inputs = {"embed.autoregressive": Path(self.embed.autoregressive), **self.rows()}
         return {**inputs, "model.flux": Path(self.model.flux)} if self.embed.latents else inputs
 
     def read_splits(self) -> list[SplitRows]:
@@ -349,11 +359,18 @@ class EmbedStageConfig(StageConfig):
     def preflight(self) -> None:
         super().preflight()
         require_checkpoint("embed.autoregressive", self.embed.autoregressive)
+        self.preflight_rows()
+
+    def preflight_rows(self) -> None:
         left_out = checked_quarantine(self, self.data)
         for split in (self.data.train, self.data.heldout):
             tasks = check_dataset(split, self.data.max_bad_fraction, left_out)
             if self.task not in tasks:
                 raise UserError(f"{split} holds no {self.task} rows (it has {tasks}); stage={self.stage} needs some")
+
+    def num_train_rows(self) -> int:
+        """Samples that its artifact holds at most."""
+        return check_dataset(self.data.train, self.data.max_bad_fraction, self.data.left_out())[self.task]
 
 
 @dataclass
@@ -553,6 +570,24 @@ class EditingDecoderConfig(DecoderConfig):
     def preflight(self) -> None:
         super().preflight()
         require_checkpoint("model.qwen", self.model.qwen)
+
+
+def foresee(configs: Sequence[StageConfig]) -> None:
+    """UserError for message rows that a later stage of a pipeline cannot use, while none has run.
+
+    Rows that a stage of the pipeline makes itself are not there yet.
+    """
+    embedded: dict[Path, EmbedStageConfig] = {}
+    for number, config in enumerate(configs):
+        rows, made = config.rows(), [earlier.run_dir for earlier in configs[:number]]
+        if not any(where.is_relative_to(directory) for where in rows.values() for directory in made):
+            config.require(rows)
+            config.preflight_rows()
+            if isinstance(config, EmbedStageConfig):
+                embedded[config.artifact_dir] = config
+        if isinstance(config, DecoderConfig) and (source := embedded.get(Path(config.shards))):
+            where = f"{source.data.train} ({source.task} rows)"
+            require_global_batch(where, "train", source.num_train_rows(), config.trainer.global_batch_size)
 
 
 def message_inputs(data: TrainRowsConfig) -> dict[str, Path]:
