@@ -22,9 +22,11 @@ TWO = "launch.processes_per_node=2"
     ("config", "status", "last_line"),
     [
         ("stage: pretrain\nname: tiny\nruns_dir: runs\nfoo: 1\n", 2, "error: stage=pretrain has no key 'foo'"),
-        ("stage: [", 1, "error: rank "),
+        ("stage: [", 2, "config.yaml is not the config of a stage"),
+        ("[" * 5000, 1, "error: rank "),
         (None, 2, "config.yaml does not exist"),
     ],
+    ids=["unknown key", "no YAML", "crash", "no config"],
 )
 def test_what_stops_every_rank_is_told_once(config: str | None, status: int, last_line: str, tmp_path: Path) -> None:
     if config is not None:
@@ -37,7 +39,7 @@ def test_what_stops_every_rank_is_told_once(config: str | None, status: int, las
     if status == 2:
         assert len(lines) == 1, ended.stderr
     else:  # the worker's own traceback, and none of torchrun's
-        assert ended.stderr.count("Traceback") == 1 and "expected the node content" in ended.stderr
+        assert ended.stderr.count("Traceback") == 1 and "RecursionError" in ended.stderr
 
 
 def test_a_mistake_that_one_rank_meets_ends_all_of_them(tiny_run: Path, tmp_path: Path) -> None:
