@@ -113,8 +113,8 @@ def fit_vision(
     """Train the tower in place to describe every token linearly; returns how well it does on pictures left out.
 
     A token tells the colours of its cell, its place in the picture and, where the ground truth is known, shape, colour
-    and size of the object that reaches into the cell. Learned on every grid that it will see: that of references, that
-    of targets and, where it is another, that of these pictures as context.
+    and size of the object that reaches into the cell (`one_fact_each` says from which pictures). Learned on every grid
+    that it will see: that of references, that of targets and, where it is another, that of these pictures as context.
     pictures: (N, 3, S, S) uint8, on the device to train on, where the tower stays. The same device makes the same
     weights.
     """

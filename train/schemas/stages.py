@@ -366,7 +366,10 @@ class EmbedStageConfig(StageConfig):
         for split in (self.data.train, self.data.heldout):
             tasks = check_dataset(split, self.data.max_bad_fraction, left_out)
             if self.task not in tasks:
-                raise UserError(f"{split} holds no {self.task} rows (it has {tasks}); stage={self.stage} needs some")
+                raise UserError(
+                    f"{split} holds no {self.task} rows (it has {tasks}); stage={self.stage} needs some, and "
+                    "stage=... instead of pipeline=... runs the stages that do without, one at a time"
+                )
 
     def num_train_rows(self) -> int:
         """Samples that its artifact holds at most."""
