@@ -30,7 +30,7 @@ EXAMPLES := runs/examples
 examples: $(VENV)/.ready ## paint, edit and answer with the weights that ship, in English and Chinese (a minute)
 	$(BIN)/nexus-gen generate --prompt "a red circle to the left of a blue square on a white background" --result-path $(EXAMPLES)/circle.png
 	$(BIN)/nexus-gen edit --input-image $(EXAMPLES)/circle.png --instruction "make the blue square yellow" --result-path $(EXAMPLES)/yellow.png
-	$(BIN)/nexus-gen understand --input-image $(EXAMPLES)/yellow.png --prompt "What shape is the yellow object?"
+	$(BIN)/nexus-gen understand --input-image $(EXAMPLES)/yellow.png --prompt "What colour is the square?"
 	$(BIN)/nexus-gen generate --language zh --prompt "三个绿色正方形，黑色背景" --result-path $(EXAMPLES)/squares.png
 	$(BIN)/nexus-gen edit --language zh --input-image $(EXAMPLES)/circle.png --instruction "把红色圆形移到右上角" --result-path $(EXAMPLES)/moved.png
 	$(BIN)/nexus-gen understand --input-image $(EXAMPLES)/moved.png --prompt "红色圆形在哪里？"
