@@ -30,7 +30,7 @@ from train.schemas.run_directory import (
     read_request,
     request_another,
 )
-from train.schemas.stages import SCHEMAS, StageConfig, foresee
+from train.schemas.stages import SCHEMAS, StageConfig, preflight_pipeline
 
 GROUPS_OF_ALL = ("model", "data", "launch", "logger", "experiment")
 
@@ -168,8 +168,7 @@ def describe(config: StageConfig) -> str:
 
 def run_stages(configs: Sequence[StageConfig], again: str | None = None) -> int:
     """Run stages in order until one does not end well; its exit status. again: a stage to run where nothing changed."""
-    configs[0].preflight()
-    foresee(configs)
+    preflight_pipeline(configs)
     with Crew(configs) as crew:
         for config in configs:
             if status := run_stage(config, crew, config.stage == again):

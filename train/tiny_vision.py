@@ -254,8 +254,7 @@ def bent(pictures: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[
 
     def seen_from(size: int) -> Tensor:
         """(B, size, size, 2): where each pixel comes from, x and y in [-1, 1]."""
-        line = (torch.arange(size, device=pictures.device) + 0.5) / size * 2 - 1
-        straight = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)
+        straight = centres(size, pictures.device).flip(-1)
         return straight + F.interpolate(knots, (size, size), mode="bicubic").permute(0, 2, 3, 1)
 
     def pulled(values: Tensor, mode: str) -> Tensor:
@@ -299,8 +298,13 @@ def cells(pictures: Tensor, size: int) -> Tensor:
 
 def places(size: int, device: torch.device) -> Tensor:
     """(size, size, 2): row and column of each token, with std 1."""
+    return centres(size, device) * 3**0.5
+
+
+def centres(size: int, device: torch.device) -> Tensor:
+    """(size, size, 2): row and column of the middle of each of size x size cells, in [-1, 1]."""
     line = (torch.arange(size, device=device) + 0.5) / size * 2 - 1
-    return torch.stack(torch.meshgrid(line, line, indexing="ij"), dim=-1) * 3**0.5
+    return torch.stack(torch.meshgrid(line, line, indexing="ij"), dim=-1)
 
 
 def token_labels(objects: list[Objects], size: int) -> np.ndarray:

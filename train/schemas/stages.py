@@ -575,11 +575,12 @@ class EditingDecoderConfig(DecoderConfig):
         require_checkpoint("model.qwen", self.model.qwen)
 
 
-def foresee(configs: Sequence[StageConfig]) -> None:
-    """UserError for message rows that a later stage of a pipeline cannot use, while none has run.
+def preflight_pipeline(configs: Sequence[StageConfig]) -> None:
+    """Preflight the first stage, and of the later ones what message rows decide, before any runs.
 
     Rows that a stage of the pipeline makes itself are not there yet.
     """
+    configs[0].preflight()
     embedded: dict[Path, EmbedStageConfig] = {}
     for number, config in enumerate(configs):
         rows, made = config.rows(), [earlier.run_dir for earlier in configs[:number]]
