@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from launch import cli
 from launch.compose import CONFIGS, Override
+from launch.gpus import require_gpus
 from launch.run import compose_plan, describe, run_stages
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError, nearest
@@ -104,6 +105,7 @@ def main(argv: list[str]) -> int:
         for arm in arms:
             print("\n".join([f"{arm}:", *map(describe, arm.configs)]))
         return 0
+    require_gpus([config.launch for arm in arms for config in arm.configs])
     for arm in arms:
         if arm.seed == arguments.seeds[0]:  # before any arm starts
             require_stages(arm.configs[0], run)

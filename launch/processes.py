@@ -14,6 +14,7 @@ from typing import Self
 
 import psutil
 
+from launch.gpus import uses_gpus
 from launch.lock import SUFFIX, Lock
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
@@ -47,6 +48,7 @@ def worker_command(
         "train.torchrun",
         *meeting,
         f"--nproc-per-node={launch.processes_per_node}",
+        *(["--virtual-local-rank"] if uses_gpus(launch) else []),  # shows each process its own GPU, and no other
         "-m",
         "train.worker",
         *(["--ahead", launch.device] if ahead else []),

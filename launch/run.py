@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from launch.compose import CONFIGS, Override, compose_stage
+from launch.gpus import require_gpus
 from launch.lock import locked
 from launch.processes import Crew, slurm_script, worker_command, worker_environment
 from nexus_gen.specs.errors import UserError, nearest
@@ -168,6 +169,7 @@ def describe(config: StageConfig) -> str:
 
 def run_stages(configs: Sequence[StageConfig], again: str | None = None) -> int:
     """Run stages in order until one does not end well; its exit status. again: a stage to run where nothing changed."""
+    require_gpus([config.launch for config in configs])
     preflight_pipeline(configs)
     with Crew(configs) as crew:
         for config in configs:

@@ -383,7 +383,6 @@ def fit(
     Raises UserError when the loss is not finite.
     """
     world_size = int(os.environ["WORLD_SIZE"])
-    devices = int(os.environ["LOCAL_WORLD_SIZE"])
     accumulation = trainer_config.accumulation(world_size)
     checkpoint = latest_checkpoint(run_dir)
     start_step = checkpoint_step(checkpoint) if checkpoint else 0
@@ -397,8 +396,8 @@ def fit(
     silence()
     trainer = pl.Trainer(
         accelerator=device_type,
-        devices=devices,
-        num_nodes=world_size // devices,
+        devices=1,
+        num_nodes=world_size,  # each process is a machine of its own to Lightning: it sees one device
         strategy=AnyDeviceDeepSpeedStrategy(config=deepspeed_config(trainer_config, num_parameters, device_type)),
         # Named, because inside a Slurm job Lightning would take the job's task count for the world size.
         plugins=[TorchElasticEnvironment()],

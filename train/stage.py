@@ -31,12 +31,9 @@ class Stage(ABC, Generic[Config]):
         self.config = config
         self.run_dir = config.run_dir
         self.rank = int(os.environ.get("RANK", 0))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.device_type = device_type(config.launch.device)
-        self.device = (
-            torch.device(self.device_type, self.local_rank) if self.device_type == "cuda" else torch.device("cpu")
-        )
+        self.device = torch.device("cuda", 0) if self.device_type == "cuda" else torch.device("cpu")  # the only one
 
     @abstractmethod
     def run(self) -> bool:
@@ -59,7 +56,7 @@ class Stage(ABC, Generic[Config]):
 
     def barrier(self) -> None:
         if torch.distributed.is_initialized():
-            torch.distributed.barrier(device_ids=[self.local_rank] if self.device_type == "cuda" else None)
+            torch.distributed.barrier(device_ids=[self.device.index] if self.device_type == "cuda" else None)
 
     def write_artifact(
         self,

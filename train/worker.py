@@ -50,6 +50,15 @@ def run(stage_dir: Path, rank: int) -> None:
     end_process_group()
 
 
+def be_alone_with_device() -> None:
+    """Have every library take this process for the only one of its machine, whose device is number 0.
+
+    torchrun shows it one GPU. Ms-swift would count the other processes and refuse, or spread one model over GPUs that
+    it counts; DeepSpeed and Lightning would look for the GPU of the process's number. Rank and world size stay.
+    """
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
 def import_stage(stage: str, device: str) -> Any:
     """The class of a stage, for device=auto, cpu or cuda.
 
@@ -100,6 +109,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--ahead", metavar="DEVICE")
     arguments = parser.parse_args(argv)
     end_with_parent(signal.SIGKILL)  # torchrun, when it is killed, leaves its workers to themselves
+    be_alone_with_device()
     rank = int(os.environ.get("RANK", 0))
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
