@@ -7,14 +7,15 @@ import torch
 from runs import SMALLEST, TRAINED, losses, nexus_gen, run_arguments, succeed
 
 ON_GPUS = tuple(override for override in SMALLEST if not override.startswith("launch."))
-# Sums of another order; the tiny models train in float32.
-TOLERANCE = 1e-3
+# Sums of another order: pretraining in float32; decoders on embeddings that are computed in bfloat16 on a GPU, where
+# batches of another size round otherwise (1.0e-3 on two H100).
+TOLERANCES = {"pretrain": 1e-3, "generation_decoder": 1e-2, "editing_decoder": 1e-2}
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_every_stage_on_any_number_of_gpus(tmp_path: Path) -> None:
-    """One process on a machine of several GPUs, as many as GPUs, and all between: the same losses."""
+    """One process on a machine of several GPUs and as many as GPUs: the same losses."""
     found = {}
     for number in range(1, torch.cuda.device_count() + 1):
         if 4 % number:
@@ -29,7 +30,11 @@ def test_every_stage_on_any_number_of_gpus(tmp_path: Path) -> None:
         for stage in TRAINED:
             for key, value in found[1][stage].items():
                 if "loss" in key[1]:
-                    assert found[number][stage][key] == pytest.approx(value, rel=TOLERANCE), (number, stage, key)
+                    assert found[number][stage][key] == pytest.approx(value, rel=TOLERANCES[stage]), (
+                        number,
+                        stage,
+                        key,
+                    )
 
 
 @pytest.mark.gpu
