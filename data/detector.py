@@ -164,7 +164,8 @@ def find_coverage(pixels: np.ndarray, behind: np.ndarray) -> tuple[np.ndarray, n
     # Per pixel and colour: offset . (colour - ground) and |colour - ground|^2, multiplied out.
     along = offset @ palette.T - (offset * ground).sum(axis=1)[:, None]
     length = (palette**2).sum(axis=1) - 2 * ground @ palette.T + (ground**2).sum(axis=1)[:, None]
-    share = (along / length).clip(0, 1)
+    # A ground of exactly this colour shows no share of it.
+    share = np.divide(along, length, out=np.zeros_like(along), where=length > 0).clip(0, 1)
     left_over = share * (share * length - 2 * along)  # squared, less |offset|^2, which all colours share
     colours = left_over.argmin(axis=-1)
     coverage = np.take_along_axis(share, colours[:, None], axis=-1).reshape(pixels.shape[:2])

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 from data.detector import detect
 from data.scenes import CELLS, COLOURS, GROUNDS, SHAPES, SIZES, TEXTURES, Scene, Thing, draw
@@ -134,6 +134,16 @@ def test_pictures_without_a_scene_are_read_without_an_error(size: int) -> None:
     seen = detect(Image.new("RGB", (size, size), "red"))
     assert (seen.objects, seen.ground) == ((), None)
     assert detect(Image.new("L", (size, size), 128)).ground == "grey"
+
+
+@pytest.mark.parametrize("ground", COLOURS)
+def test_an_object_on_a_ground_of_exactly_a_palette_colour(ground: str) -> None:
+    """Of that colour the ground shows no share, where 0 was divided by 0 and every pixel read as one of it."""
+    colour = "blue" if ground != "blue" else "red"
+    picture = Image.new("RGB", (64, 64), COLOURS[ground])
+    ImageDraw.Draw(picture).rectangle((22, 22, 41, 41), fill=COLOURS[colour])
+    (found,) = detect(picture).objects
+    assert (found.shape, found.colour, found.cell) == ("square", colour, 4)
 
 
 def test_what_is_no_shape_is_not_an_object() -> None:
