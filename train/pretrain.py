@@ -234,7 +234,16 @@ class PretrainPipeline(SwiftSft):
         exported = self.average if config.average.export == "average" else None
         generates = not config.data.dynamic_targets  # pictures of one grid are generated together
         trainer.add_callback(
-            HeldoutLoss(guard, self.model, self._heldout_batches(), metrics, config.heldout, exported, generates)
+            HeldoutLoss(
+                guard,
+                self.model,
+                self._heldout_batches(),
+                metrics,
+                config.heldout,
+                exported,
+                self.template.prepared,
+                generates,
+            )
         )
         trainer.add_callback(StepCheckpoints(guard, directory, config.trainer))
         self.template.on_loss = guard.on_loss

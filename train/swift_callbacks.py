@@ -8,7 +8,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -96,6 +96,13 @@ def embedding_errors(predicted: Tensor, target: Tensor) -> Tensor:
     return torch.stack([squared_error, cosine_distance, torch.ones_like(squared_error)]).double().sum(dim=1)
 
 
+def means(losses: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each loss over the steps that have it: one without a target image has no image loss."""
+    names = dict.fromkeys(name for of_step in losses for name in of_step)
+    values = {name: [of_step[name] for of_step in losses if name in of_step] for name in names}
+    return {name: sum(of_name) / len(of_name) for name, of_name in values.items()}
+
+
 class Averaging(TrainerCallback):
     """Keeps a WeightAverage up to date, from the checkpoint's or else from the weights that training starts with."""
 
@@ -121,9 +128,10 @@ class HeldoutLoss(TrainerCallback):
     """Losses on held-out rows every few steps and after the last: `heldout/text_loss`, `heldout/image_loss/editing`.
 
     `heldout/image_mse` and `heldout/image_cosine_distance` are what the image loss mixes, whatever the mixture.
-    `heldout/accuracy/understanding` is the share of replies whose every token is the likeliest: those that greedy
-    decoding gives. batches: all of them, the same on every rank; ranks share them, and make equally many passes.
-    average: the weights to look at, where they are not the trained ones.
+    `heldout/accuracy/understanding` is the share of rows in whose replies every token is the likeliest: those that
+    greedy decoding would answer as they stand. batches: all of them, the same on every rank; ranks share them, and
+    make equally many passes. average: the weights to look at, where they are not the trained ones. prepare: makes of a
+    collated batch what the model computes with, for its loss and for what it generates alike.
     generates: also measure `heldout/generated_mse` and `heldout/generated_cosine_distance`: errors of each row's first
     target image as inference generates it. They compare over `target_inputs`; the others are given the image itself
     where that is `embeddings`.
@@ -137,11 +145,13 @@ class HeldoutLoss(TrainerCallback):
         metrics: MetricsLogger,
         config: HeldoutConfig,
         average: WeightAverage | None,
+        prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]],
         generates: bool,
     ) -> None:
         self._guard = guard
         self._model = model
         self._batches = batches
+        self._prepare = prepare
         self._generates = generates
         self._metrics = metrics
         self._config = config
@@ -166,7 +176,7 @@ class HeldoutLoss(TrainerCallback):
             for first in range(0, len(self._batches), world_size):
                 number = first + rank
                 batch = self._batches[number if number < len(self._batches) else 0]
-                batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+                batch = self._prepare({name: tensor.to(model.device) for name, tensor in batch.items()})
                 outputs = model(**batch)
                 generated = generated_embeddings(model, batch) if self._generates else {}
                 if number >= len(self._batches):
@@ -188,15 +198,16 @@ class HeldoutLoss(TrainerCallback):
         of_losses, of_rows, forced, made = facts.split([losses.numel(), rows.numel(), 3, 3])
         losses, rows = of_losses.view(-1, 4), of_rows.view(2, -1)
         errors = {
-            f"heldout/{name}_{part}": float(sums[place] / sums[2].clamp(min=1))
-            for name, sums in (("image", forced), *([("generated", made)] if made[2] else []))
+            f"heldout/{name}_{part}": float(sums[place] / sums[2])
+            for name, sums in (("image", forced), ("generated", made))
+            if sums[2]
             for place, part in enumerate(("mse", "cosine_distance"))
         }
         text, text_tokens, image, image_tokens = losses.sum(0).tolist()
         right, total = rows[:, 0].tolist()
         return {
-            "heldout/text_loss": text / max(1.0, text_tokens),
-            "heldout/image_loss": image / max(1.0, image_tokens),
+            **({"heldout/text_loss": text / text_tokens} if text_tokens else {}),
+            **({"heldout/image_loss": image / image_tokens} if image_tokens else {}),
             **errors,
             **TaskSums.means(losses.flatten().tolist(), "heldout"),
             **({"heldout/accuracy/understanding": right / total} if total else {}),
@@ -215,7 +226,8 @@ class StepGuard:
         self.stopping = False  # a rank has received a SIGTERM
         self.task_sums: list[float] = []  # of the last step, `TaskSums` over its micro-batches on all ranks
         self._image_token_id = image_token_id
-        self.losses: dict[str, float] = {}  # of the last step, means over its micro-batches on all ranks
+        # Of the last step, means over its micro-batches on all ranks; the image loss over those that have targets.
+        self.losses: dict[str, float] = {}
         self.num_tokens = 0  # of the last step, on all ranks, without padding
         self.tokens_seen = 0  # of all steps, those before a resumption too
         self.token_budget = token_budget
@@ -247,7 +259,10 @@ class StepGuard:
         of_tasks = TaskSums.of(outputs, inputs["input_ids"], inputs["labels"], self._image_token_id)
         # float64: counts of tokens and of stops share a tensor with losses
         num_tokens = inputs["attention_mask"].sum().reshape(1)
-        self._sums = self._sums + torch.cat([losses.double(), of_tasks.flatten(), num_tokens.double()])
+        with_image = of_tasks[:, 3].sum() > 0
+        self._sums = self._sums + torch.cat(
+            [losses.double(), with_image.double()[None], of_tasks.flatten(), num_tokens.double()]
+        )
         self._micro_batches += 1
         if self._micro_batches % self._accumulation == 0:
             self._agree()
@@ -259,9 +274,10 @@ class StepGuard:
         torch.distributed.all_reduce(facts)
         num_micro_batches = self._accumulation * torch.distributed.get_world_size()
         *sums, num_tokens, stop = facts.tolist()
-        names = ("train/loss", "train/text_loss", "train/image_loss")
-        self.losses = {name: value / num_micro_batches for name, value in zip(names, sums, strict=False)}
-        self.task_sums = sums[len(names) :]
+        loss, text_loss, image_loss, with_image, *self.task_sums = sums
+        self.losses = {"train/loss": loss / num_micro_batches, "train/text_loss": text_loss / num_micro_batches}
+        if with_image:
+            self.losses["train/image_loss"] = image_loss / with_image
         self.num_tokens = int(num_tokens)
         self.tokens_seen += self.num_tokens
         self.stopping = stop > 0
@@ -348,7 +364,7 @@ class StepMetrics(TrainerCallback, ExportableState):
         tokens_per_s, left = self._num_tokens / elapsed_s, state.max_steps - state.global_step
         tokens_left = max(0, self._guard.token_budget - self._guard.tokens_seen)
         self._last = {
-            **{name: sum(losses[name] for losses in self._losses) / len(self._losses) for name in self._losses[0]},
+            **means(self._losses),
             **TaskSums.means(self._task_sums, "train"),
             "train/lr": self._rate,
             **self._gradient_norm(logs or {}),
@@ -371,17 +387,19 @@ class StepMetrics(TrainerCallback, ExportableState):
         return {} if norm is None else {"train/grad_norm": float(norm)}
 
     def _show(self, state: TrainerState) -> None:
-        text, image = self._last["train/text_loss"], self._last["train/image_loss"]
+        parts = {part: self._last.get(f"train/{part}_loss") for part in ("text", "image")}
         rate = self._last["perf/samples_per_s"]
         if self._bar is not None and not self._bar.disable:
-            self._bar.set_postfix_str(f"text {text:.4f}, image {image:.4f}, {rate:.1f} samples/s", refresh=False)
+            shown = ", ".join(f"{part} {loss:.4f}" for part, loss in parts.items() if loss is not None)
+            self._bar.set_postfix_str(f"{shown}, {rate:.1f} samples/s", refresh=False)
             return
+        shown = ", ".join(f"{part} loss {loss:.4f}" for part, loss in parts.items() if loss is not None)
         left = timedelta(seconds=round(self._last["perf/eta_s"]))
         budget = self._guard.token_budget
         step = f"step {state.global_step}" + (
             f", {self._guard.spent:.1%} of {budget} tokens" if budget else f"/{state.max_steps}"
         )
-        log.info("%s: text loss %.4f, image loss %.4f, %.1f samples/s, %s left", step, text, image, rate, left)
+        log.info("%s: %s, %.1f samples/s, %s left", step, shown, rate, left)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:

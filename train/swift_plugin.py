@@ -161,10 +161,17 @@ class NexusGenTemplate(Qwen2_5VLTemplate):
         return collated
 
     def _post_encode(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Swift's hook before the model's forward, on its device: patches from the loader's bytes."""
-        if "pixel_values" not in inputs:
-            return inputs
-        return {**inputs, "pixel_values": scaled_patches(self.processor, inputs["pixel_values"])}
+        """Swift's hook before the model's forward, on its device: see `prepared`."""
+        return self.prepared(inputs)
+
+    def prepared(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch as the model computes with it: its patches scaled out of the loader's bytes, on their device.
+
+        Whoever hands a collated batch to anything but the model's forward calls this; a prepared batch stays as it is.
+        """
+        if "pixel_values" not in batch or batch["pixel_values"].dtype != torch.uint8:
+            return batch
+        return {**batch, "pixel_values": scaled_patches(self.processor, batch["pixel_values"])}
 
     def compute_sft_loss(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None, trainer: Any = None

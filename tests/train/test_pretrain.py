@@ -28,6 +28,7 @@ from train.swift_callbacks import (
     checkpoint_path,
     checkpoint_step,
     complete_checkpoints,
+    means,
     remove_incomplete_checkpoints,
 )
 
@@ -50,22 +51,23 @@ IMAGE = 9  # the id of image tokens
 
 
 def outputs(text: float, image: float) -> NexusGenOutput:
-    """Of one row of one text token and no image."""
+    """Of one row of one text token and, unless its loss is 0, a target image of one token."""
     parts = [torch.tensor(value, requires_grad=True) for value in (3 * text + 3 * image, text, image)]
     return NexusGenOutput(
         loss=parts[0],
         text_loss=parts[1],
         image_loss=parts[2],
         text_token_loss=torch.tensor([text]),
-        image_token_loss=torch.zeros(0),
+        image_token_loss=torch.tensor([image] if image else []),
     )
 
 
-def inputs(num_tokens: int) -> dict[str, Any]:
+def inputs(num_tokens: int, with_image: bool = True) -> dict[str, Any]:
+    token = IMAGE if with_image else -100
     return {
         "attention_mask": (torch.arange(10) < num_tokens).long()[None],
         "input_ids": torch.full((1, 10), 1),
-        "labels": torch.tensor([[-100] * 9 + [1]]),
+        "labels": torch.tensor([[-100] * 8 + [token, 1]]),
     }
 
 
@@ -95,12 +97,25 @@ def test_losses_are_means_over_the_micro_batches_of_a_step() -> None:
     guard = StepGuard(accumulation=2, start_step=0, image_token_id=IMAGE)
     guard.on_loss(outputs(1.0, 0.5), inputs(4))
     assert guard.losses == {}  # the step is not complete
-    guard.on_loss(outputs(2.0, 0.0), inputs(7))
-    assert guard.losses == {"train/loss": 5.25, "train/text_loss": 1.5, "train/image_loss": 0.25}
+    guard.on_loss(outputs(2.0, 0.0), inputs(7, with_image=False))
+    # The loss is what is optimised, (4.5 + 6) / 2; only one of the micro-batches has an image to be wrong about.
+    assert guard.losses == {"train/loss": 5.25, "train/text_loss": 1.5, "train/image_loss": 0.5}
     assert guard.num_tokens == 11
     guard.on_loss(outputs(4.0, 1.0), inputs(1))
     guard.on_loss(outputs(4.0, 1.0), inputs(1))
     assert guard.losses["train/text_loss"] == 4.0 and guard.num_tokens == 2  # nothing of the step before
+    for _ in range(2):
+        guard.on_loss(outputs(1.0, 0.0), inputs(1, with_image=False))
+    assert guard.losses == {"train/loss": 3.0, "train/text_loss": 1.0}
+
+
+def test_a_loss_of_an_interval_is_the_mean_over_the_steps_that_have_it() -> None:
+    steps = [
+        {"train/loss": 1.0, "train/image_loss": 0.5},
+        {"train/loss": 4.0},
+        {"train/loss": 1.0, "train/image_loss": 1.0},
+    ]
+    assert means(steps) == {"train/loss": 2.0, "train/image_loss": 0.75}
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
