@@ -5,9 +5,11 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
@@ -19,7 +21,8 @@ MAX_ASPECT = 200  # Qwen's processor refuses pictures that are longer and narrow
 
 
 # What may be opened. Left out are formats that PIL hands to other programs (EPS) or that are no pictures for people.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "ICO")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "ICO", "HEIF")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # behind `ftyp`, of phones
 # `open_image` compares sizes itself: filters that it set around each call would race between threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -88,10 +91,10 @@ def open_size(source: str | os.PathLike[str] | EncodedImage | ImageMember) -> tu
 @contextmanager
 def _opened(source: str | os.PathLike[str] | EncodedImage | ImageMember) -> Iterator[Image.Image]:
     """A picture with its header read; whatever goes wrong with it inside the `with` becomes a UserError."""
+    file: Any = None
     try:
         file = io.BytesIO(source.read()) if isinstance(source, EncodedImage | ImageMember) else source
-        Image.init()  # does its work once; `formats` may only name what is loaded
-        with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        with Image.open(file, formats=_formats()) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit and image.width * image.height > limit:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {limit}")
@@ -99,13 +102,37 @@ def _opened(source: str | os.PathLike[str] | EncodedImage | ImageMember) -> Iter
     except FileNotFoundError as error:
         raise UserError(f"picture {source} does not exist; check the path") from error
     except Exception as error:  # decoders raise whatever their parsing ran into: struct.error, RuntimeError, KeyError
-        raise UserError(f"picture {source} cannot be read ({_reason(error)}); replace it") from error
+        remedy = "it is HEIC: `pip install pillow-heif` reads it" if _is_heif(error, file) else "replace it"
+        raise UserError(f"picture {source} cannot be read ({_reason(error)}); {remedy}") from error
+
+
+@cache
+def _formats() -> list[str]:
+    """FORMATS without those whose decoder is not installed; PIL refuses to be asked for them."""
+    Image.init()
+    with suppress(ImportError):  # an extra
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _is_heif(error: Exception, file: Any) -> bool:
+    """Whether a picture that nothing can read is HEIC or HEIF."""
+    if not isinstance(error, Image.UnidentifiedImageError) or "HEIF" in _formats():
+        return False
+    if isinstance(file, io.BytesIO):
+        head = file.getvalue()[:12]
+    else:
+        with open(file, "rb") as opened:
+            head = opened.read(12)
+    return head[4:8] == b"ftyp" and head[8:] in HEIF_BRANDS
 
 
 def _reason(error: Exception) -> str:
     """One line; PIL's own sentence holds the address of a buffer where the picture came as bytes."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"it is none of {', '.join(FORMATS)}"
+        return f"it is none of {', '.join(_formats())}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
