@@ -13,12 +13,13 @@ from typing import NamedTuple
 from PIL import Image
 
 from data.messages import Row
+from data.stored_pictures import path_in_words
 from data.token_lengths import Length, Size, TokenLengths
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import MAX_ASPECT, EncodedImage, StoredImage, open_image, open_size, read_image_bytes
 from nexus_gen.specs.prompts import IMAGE_TAG
 
-ERROR, WARNING = "error", "warning"
+ERROR, WARNING, NOTICE = "error", "warning", "notice"
 LEVELS = ("none", "exists", "header", "decode")
 # kind -> (severity, what it does to training). An error breaks or corrupts training; a warning is worth a look.
 KINDS = {
@@ -26,6 +27,8 @@ KINDS = {
     "encoding": (ERROR, "the text is not UTF-8"),
     "parquet": (ERROR, "the rows of a whole group are lost"),
     "tar": (ERROR, "the sample, or all behind it, is lost"),
+    "csv": (ERROR, "the row, or all behind it, is lost"),
+    "caption": (ERROR, "the picture has no caption to be made from"),
     "key": (ERROR, "a misspelt key would be ignored"),
     "messages": (ERROR, "there is no conversation to learn from"),
     "url": (ERROR, "nothing is fetched while training"),
@@ -95,7 +98,8 @@ def _inspect_file(path: str, level: str, by_content: bool) -> Picture:
 def _inspect(source: StoredImage, level: str, by_content: bool) -> Picture:
     name_hash = hash64(str(source).encode("utf-8", "surrogatepass"))
     if level != "none" and isinstance(source, Path) and not os.path.exists(source):
-        return Picture(name_hash, name_hash, None, (("missing_picture", f"picture {source} does not exist"),))
+        problem = f"picture {path_in_words(source)} does not exist"
+        return Picture(name_hash, name_hash, None, (("missing_picture", problem),))
     if level in ("none", "exists"):
         return Picture(name_hash, name_hash, None, ())
     identity = name_hash

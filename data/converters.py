@@ -4,9 +4,11 @@ A converter changes the form only. What it makes is checked as every row is, so 
 """
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
+from data.quotes import brief
 from nexus_gen.specs.prompts import (
     EDITING_PROMPT,
     EDITING_REPLY,
@@ -52,10 +54,15 @@ def from_sharegpt(values: Values) -> Values:
 
 
 def from_openai(values: Values) -> Values:
-    """OpenAI-chat: contents may be lists of parts, {type: text, text} and {type: image_url, image_url: {url}}."""
+    """OpenAI-chat and Hugging Face: contents may be parts, {type: text, text} and {type: image_url, image_url: {url}}.
+
+    Parts {type: image} without a picture of their own take those of `images` or `image`, in order.
+    """
     parts_of = [_parsed(message) for message in _parsed(values["messages"])]
+    rest = _rest(values, "messages")
     images: list[Any] = []
-    messages = []
+    messages: list[Values] = []
+    num_tags = 0  # that stand in the words of parts already
     for message in parts_of:
         if not isinstance(message, dict):
             raise ConversionError("messages", "every message needs a role and a content")
@@ -63,24 +70,53 @@ def from_openai(values: Values) -> Values:
             raise ConversionError("messages", "a message calls tools, which the model does not learn; drop the row")
         content = message.get("content")
         if isinstance(content, list):
+            before = len(images)
             content = "".join(_part(part, images) for part in content)
+            num_tags += content.count(IMAGE_TAG) - (len(images) - before)
         messages.append({"role": _role(message.get("role")), "content": content})
-    rest = _rest(values, "messages")
-    if images:
-        if rest.get("images"):
+    if num_tags and (images or not rest.get("images")):
+        raise ConversionError("placeholders", f"a text part holds {IMAGE_TAG} beside picture parts; take it out")
+    own = [image for image in images if image is not None]
+    if own:
+        if rest.get("images") or len(own) < len(images):
             raise ConversionError("images", "pictures both among the parts of messages and in images; keep one")
-        rest["images"] = images
+        rest["images"] = own
     return rest | {"messages": messages}
 
 
+def from_prompt(values: Values) -> Values:
+    """TRL: `prompt` and `completion`, each a text or a list of messages; `images` or `image`."""
+    messages = []
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        said = values[key]
+        if isinstance(said, str) and not said.lstrip().startswith("["):
+            said = [{"role": role, "content": said}]
+        said = _parsed(said)
+        messages += said if isinstance(said, list) else [said]
+    return _with_tags(from_openai(_without(values, "prompt", "completion") | {"messages": messages}))
+
+
+def from_query(values: Values) -> Values:
+    """ms-swift: `query` and `response`, `history` of [query, response] before, `system`, `images` or `image`."""
+    history = _parsed(values["history"]) if values.get("history") else []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise ConversionError("messages", "history must be a list of [query, response]")
+    messages = [{"role": "system", "content": values["system"]}] if values.get("system") else []
+    for query, response in (*history, (values["query"], values["response"])):
+        messages += [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
+    return _with_tags(_rest(values, "query", "response", "history", "system") | {"messages": messages})
+
+
 def from_captions(values: Values) -> Values:
-    """{image, caption | captions} -> paint what the caption says. captions: a list, or lists by label (long, short)."""
-    captions = values.get("captions", values.get("caption"))
-    language = _language(values, captions)
+    """{image, caption | captions | text} -> paint what the caption says. captions: a list, or lists by label."""
+    values = with_pictures(values)
+    used = next((key for key in CAPTION_KEYS if key in values), "caption")
+    texts = values.get(used)
+    language = _language(values, texts)
     template = GENERATION_PROMPT[language]
-    return _rest(values, "caption", "captions") | {
+    return _rest(values, used, "language") | {
         "messages": [
-            {"role": "user", "content": _for_each(template.format, captions)},
+            {"role": "user", "content": _for_each(template.format, texts)},
             {"role": "assistant", "content": GENERATION_REPLY[language]},
         ]
     }
@@ -88,8 +124,9 @@ def from_captions(values: Values) -> Values:
 
 def from_edits(values: Values) -> Values:
     """{source_image, target_image, instruction | instructions} -> edit the one into the other."""
-    instructions = values.get("instructions", values.get("instruction"))
-    return _rest(values, "instruction", "instructions", "source_image", "target_image") | {
+    used = "instructions" if "instructions" in values else "instruction"
+    instructions = values.get(used)
+    return _without(values, used, "source_image", "target_image", "language") | {
         "images": [values["source_image"], values["target_image"]],
         "messages": [
             {"role": "user", "content": _for_each(EDITING_PROMPT.format, instructions)},
@@ -103,39 +140,111 @@ CONVERTERS: dict[str, Callable[[Values], Values]] = {
     "sharegpt": from_sharegpt,
     "llava": from_sharegpt,
     "openai": from_openai,
+    "trl": from_prompt,
+    "swift": from_query,
     "captions": from_captions,
     "edits": from_edits,
 }
-# A format by the key that only its rows have; without any of them a row is taken for one of ours.
-DETECTED_BY = {"conversations": "sharegpt", "source_image": "edits", "captions": "captions", "caption": "captions"}
+CAPTION_KEYS = ("captions", "caption", "text")
+PICTURE_KEYS = frozenset(("image", "images", "source_image", "target_image"))
+# A format by the keys that together only its rows have; the first that fits is taken. A `text` alone is no caption.
+DETECTED_BY = (
+    (("conversations",), "sharegpt"),
+    (("source_image",), "edits"),
+    (("captions",), "captions"),
+    (("caption",), "captions"),
+    (("query", "response"), "swift"),
+    (("prompt", "completion"), "trl"),
+)
+# What the rows of each format have, to say which one a row is nearest to.
+KEYS_OF = {
+    "captions": ("image", "caption"),
+    "edits": ("source_image", "target_image", "instruction"),
+    "swift": ("query", "response"),
+    "trl": ("prompt", "completion"),
+}
 
 
-def detect(values: Values) -> str:
-    """The name of the format that a row seems to be in."""
+def known_form(values: Values, has_pictures: bool = False) -> str | None:
+    """The name of the format that a row is in; None when its keys are of none. has_pictures: beside the row."""
     messages = values.get("messages")
-    if messages is None:
-        return next((name for key, name in DETECTED_BY.items() if key in values), "messages")
-    if isinstance(messages, list) and any(_is_openai(message) for message in messages):
-        return "openai"
-    return "messages"
+    if messages is not None:
+        is_openai = isinstance(messages, list) and any(_is_openai(message) for message in messages)
+        return "openai" if is_openai else "messages"
+    given = {key for key, value in values.items() if value is not None}
+    for keys, name in DETECTED_BY:
+        if given.issuperset(keys):
+            return name
+    has_pictures = has_pictures or not given.isdisjoint(("image", "images", "file_name", "file_names"))
+    return "captions" if "text" in given and has_pictures else None
 
 
-def convert(values: Values, row_format: str = AUTO) -> Values:
-    """The row in our format. row_format: a key of CONVERTERS, or `auto` to detect it. Raises ConversionError."""
-    name = detect(values) if row_format == AUTO else row_format
+def convert(values: Values, row_format: str = AUTO, has_pictures: bool = False) -> Values:
+    """The row in our format. row_format: a key of CONVERTERS, or `auto` to detect it. Raises ConversionError.
+
+    has_pictures: whether pictures stand beside the row, as in tars.
+    """
+    name = known_form(values, has_pictures) or "messages" if row_format == AUTO else row_format
     try:
         return CONVERTERS[name](values)
     except KeyError as error:
         raise ConversionError("key", f"a row of format {name} needs {error.args[0]!r}") from error
 
 
+def nearest_form(values: Values) -> str:
+    """Which format a row without messages is nearest to and what it lacks for that; empty when it is near none."""
+    same = {"text": "caption", "captions": "caption", "images": "image", "file_name": "image"}
+    given = {same.get(key, key) for key in values}
+    lacking = {name: [key for key in keys if key not in given] for name, keys in KEYS_OF.items()}
+    shared = {name: len(keys) - len(lacking[name]) for name, keys in KEYS_OF.items()}
+    nearest = max(shared, key=lambda name: (shared[name], -len(lacking[name])))
+    if not shared[nearest]:
+        return ""
+    return f"; the nearest format is {nearest}, which also needs {' and '.join(map(repr, lacking[nearest]))}"
+
+
+def with_pictures(values: Values) -> Values:
+    """Hugging Face's imagefolder: `file_name` is an image, `source_image_file_name` a source_image; others stay."""
+    renamed = {}
+    for key, value in values.items():
+        new = {"file_name": "image", "file_names": "images"}.get(key) or re.sub("_file_names?$", "", key)
+        renamed[new if new in PICTURE_KEYS and new not in values else key] = value
+    return renamed
+
+
+def _without(values: Values, *keys: str) -> Values:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
 def _rest(values: Values, *without: str) -> Values:
     """What a converter passes on, with a single `image` as `images`."""
-    rest = {key: value for key, value in values.items() if key not in (*without, "image")}
-    if "images" not in rest and values.get("image") is not None:
-        image = values["image"]
-        rest["images"] = image if isinstance(image, list) else [image]
+    rest = _without(values, *without)
+    if isinstance(images := rest.get("images"), str) and (not images or images.lstrip().startswith("[")):
+        rest["images"] = _parsed(images or "null")
+    if rest.get("images") is None and "image" in rest:
+        image = rest.pop("image")
+        images = [one for one in (image if isinstance(image, list) else [image]) if not is_empty(one)]
+        rest |= {"images": images} if images else {}
     return rest
+
+
+def is_empty(image: Any) -> bool:
+    """What stands where a row has no picture: null, no text, or Hugging Face's {bytes, path} with neither."""
+    return image is None or image == "" or (isinstance(image, dict) and all(value is None for value in image.values()))
+
+
+def _with_tags(values: Values) -> Values:
+    """The row with a tag for each picture before its first question, where it has none: what its trainers do."""
+    messages, images = values["messages"], values.get("images")
+    texts = [message.get("content") for message in messages]
+    if not isinstance(images, list) or any(IMAGE_TAG in text for text in texts if isinstance(text, str)):
+        return values
+    tags = IMAGE_TAG * sum(not is_empty(image) for image in images)
+    for message in messages:
+        if message["role"] == "user" and isinstance(message["content"], str):
+            message["content"] = tags + message["content"]
+            break
+    return values
 
 
 def _parsed(value: Any) -> Any:
@@ -162,20 +271,21 @@ def _is_openai(message: Any) -> bool:
 
 
 def _part(part: Any, images: list[Any]) -> str:
-    """The text of a part of a message; a picture is added to `images` and becomes a tag."""
+    """The text of a part of a message; a picture is added to `images` and becomes a tag, None for one from outside."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        if IMAGE_TAG in part["text"]:
-            raise ConversionError("placeholders", f"a text part holds {IMAGE_TAG} beside picture parts; take it out")
         return part["text"]
     if kind == "image_url":
         url = part.get("image_url")
         images.append(url.get("url") if isinstance(url, dict) else url)
         return IMAGE_TAG
     if kind == "image":
-        images.append(part.get("image"))
+        source = part.get("source")  # Anthropic's name
+        held = {**part, **source} if isinstance(source, dict) else part
+        given = (held.get(key) for key in ("image", "path", "url", "base64", "data"))
+        images.append(next((image for image in given if not is_empty(image)), None))
         return IMAGE_TAG
-    raise ConversionError("messages", f"a message part of type {kind!r}; text, image_url and image are known")
+    raise ConversionError("messages", f"a message part of type {brief(kind)}; text, image_url and image are known")
 
 
 def _for_each(template: Callable[[str], str], choices: Any) -> Any:
@@ -192,5 +302,5 @@ def _for_each(template: Callable[[str], str], choices: Any) -> Any:
 def _language(values: Values, texts: Any) -> str:
     language = values.get("language", language_of(str(texts)))
     if language not in LANGUAGES:
-        raise ConversionError("language", f"language is {language!r}; {' and '.join(LANGUAGES)} are known")
+        raise ConversionError("language", f"language is {brief(language)}; {' and '.join(LANGUAGES)} are known")
     return language

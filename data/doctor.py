@@ -23,7 +23,10 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS
 from nexus_gen.specs.models import target_tokens_of
 
-DATA_KEYS = ("max_pixels", "max_length", "dynamic_targets", "consistent_edit_scale", "train", "heldout")
+DATA_KEYS = (
+    *("max_pixels", "max_length", "dynamic_targets", "consistent_edit_scale"),
+    *("train", "heldout", "picture_root"),
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +37,10 @@ def parser() -> argparse.ArgumentParser:
         "have errors or the command could not run. Rows with errors are what --quarantine lists.",
     )
     result.add_argument(
-        "dataset", nargs="*", type=Path, help="files or mixtures of training rows (default: --config's)"
+        "dataset",
+        nargs="*",
+        type=Path,
+        help="files, folders, patterns or mixtures of training rows (default: --config's)",
     )
     result.add_argument(
         "--heldout", nargs="+", type=Path, default=[], help="held-out rows: checked too, and leaks into training found"
@@ -44,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
         choices=(AUTO, *CONVERTERS),
         default=AUTO,
         help="of rows that no mixture names (default: %(default)s)",
+    )
+    result.add_argument(
+        "--picture-root",
+        type=Path,
+        help="what picture paths of rows are relative to (default: data.picture_root, or the file that names them)",
     )
     result.add_argument(
         "--images",
@@ -60,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     output = result.add_argument_group("output")
     output.add_argument("--report", type=Path, help="an HTML page with histograms and thumbnails of the offenders")
     output.add_argument("--quarantine", type=Path, help="JSON lines naming each row with an error, and the reason")
-    output.add_argument("--strict", action="store_true", help="warnings give exit status 1")
+    output.add_argument("--strict", action="store_true", help="warnings give exit status 1; notices do not")
     output.add_argument(
         "--as-error",
         nargs="+",
@@ -136,7 +147,8 @@ def main(argv: list[str]) -> int:
     by_content = given.images == "decode" or (given.images == "header" and bool(heldout))
     checker = RowChecker(given.images, by_content, lengths, max_length if lengths else None)
     roles = [*(("heldout", path) for path in heldout), *(("train", path) for path in train)]
-    datasets = open_datasets(roles, given.format)
+    picture_root = given.picture_root or (Path(config["picture_root"]) if config.get("picture_root") else None)
+    datasets = open_datasets(roles, given.format, picture_root)
     with ExitStack() as stack:
         quarantine = stack.enter_context(QuarantineFile(given.quarantine)) if given.quarantine else None
         report = examine(
@@ -152,7 +164,8 @@ def main(argv: list[str]) -> int:
             quarantine.keep()
     report.settings = settings_line(given.images, lengths, checker.max_length)
     if not report.stopped:
-        report.mistakes = [line for _, path in roles for line in asked_in_vain(load_mixture(path), report.datasets)]
+        specs = [load_mixture(path) for _, path in roles]
+        report.mistakes = [line for spec in specs for line in asked_in_vain(spec, report.datasets)]
     print_table(report)
     if given.report:
         write_page(report, given.report)

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import ImageFile
 
-from data.checks import ERROR, KINDS, Problem
+from data.checks import ERROR, KINDS, NOTICE, Problem
+from data.notices import sentences
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import StoredImage, open_image
@@ -109,6 +110,12 @@ def kinds_found(report: "Report") -> list[str]:
     return sorted(report.rows_with, key=lambda kind: (report.severity(kind) != ERROR, -report.rows_with[kind], kind))
 
 
+def notice_lines(report: "Report") -> Iterator[tuple[Path, str, int, str]]:
+    """File or folder, kind, number of rows or files, and sentence of every notice."""
+    for path, notices in report.notices.items():
+        yield from ((path, *line) for line in sentences(notices))
+
+
 def shares(counts: Counter[str]) -> str:
     return ", ".join(
         f"{number:,} {name}" for name, number in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -136,12 +143,16 @@ def print_table(report: "Report") -> None:
         if dataset.tasks:
             print(f"  {shares(dataset.tasks)}; {shares(dataset.languages)}")
     print(f"{report.num_distinct:,} distinct pictures to train on; {report.settings}")
-    if report.rows_with:
-        column = max(map(len, report.rows_with))
+    notices = list(notice_lines(report))
+    if report.rows_with or notices:
+        column = max(len(kind) for kind in ("problem", *report.rows_with, *(kind for _, kind, _, _ in notices)))
         print(f"\n{'':7}  {'problem':<{column}}  {'rows':>9}  first")
         for kind in kinds_found(report):
             first = f"{report.examples[kind][0].where}: {report.examples[kind][0].reason}"
             line = f"{report.severity(kind):7}  {kind:<{column}}  {report.rows_with[kind]:>9,}  {short(first)}"
+            print(printable(line if len(line) <= width else f"{line[: width - 1]}…"))
+        for path, kind, count, sentence in notices:
+            line = f"{NOTICE:7}  {kind:<{column}}  {count:>9,}  {short(str(path))}: {sentence}"
             print(printable(line if len(line) <= width else f"{line[: width - 1]}…"))
         print()
     if report.stopped:
@@ -192,5 +203,7 @@ def write_page(report: "Report", output: Path) -> None:
         for name, histogram in report.histograms.items()
         if histogram.counts
     ]
-    page = environment.get_template("doctor.html.j2").render(report=report, problems=problems, histograms=histograms)
+    page = environment.get_template("doctor.html.j2").render(
+        report=report, problems=problems, notices=list(notice_lines(report)), histograms=histograms
+    )
     write_text_atomic(output, printable(page))

@@ -149,19 +149,29 @@ class SplitRows:
 
     @staticmethod
     def read(
-        split: str, path: Path, task: str, all_pictures: bool, hashes: PictureHashes, left_out: LeftOut, memory: Path
+        split: str,
+        path: Path,
+        task: str,
+        all_pictures: bool,
+        hashes: PictureHashes,
+        left_out: LeftOut,
+        memory: Path,
+        picture_root: str = "",
     ) -> "SplitRows":
         """all_pictures: every picture of a row enters its embeddings; else its last one alone.
 
         memory: a file for what was read, so that a dataset that did not change is parsed only once. Its pictures are
-        looked at each time.
+        looked at each time. picture_root: what their paths are relative to, the file that names them unless given.
         """
         rows: list[RowFacts] = []
         unusable = []
         files = list(dict.fromkeys([path, *load_mixture(path).files]))
         out = sorted((str(file), sorted(reasons.items())) for file, reasons in left_out.rows.items())
         found = remembered(
-            memory, [READING, task, all_pictures, out], files, lambda: _read(path, task, all_pictures, left_out)
+            memory,
+            [READING, task, all_pictures, out, *([picture_root] if picture_root else [])],
+            files,
+            lambda: _read(path, task, all_pictures, left_out, picture_root),
         )
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
             while group := list(islice(found, ROWS_AT_ONCE)):
@@ -201,9 +211,9 @@ class SplitRows:
         ]
 
 
-def _read(path: Path, task: str, all_pictures: bool, left_out: LeftOut) -> Iterator[list[Any]]:
+def _read(path: Path, task: str, all_pictures: bool, left_out: LeftOut, picture_root: str) -> Iterator[list[Any]]:
     """Of every row of the task: place, where, id, source, caption, hash of its words, why it is unusable, pictures."""
-    for place, row, reason in read_places(path, left_out):
+    for place, row, reason in read_places(path, left_out, picture_root):
         where = row.where.removeprefix(f"{path.parent}/")
         if isinstance(row, RowError):
             yield [place, where, "", "", "", "", reason or row.problem, []]

@@ -24,9 +24,11 @@ from data.converters import AUTO
 from data.doctor_report import UNITS, Example, Histogram, QuarantineFile
 from data.messages import Row, RowError
 from data.mixture import Source, load_mixture
+from data.notices import Notices
 from data.places import FirstPlaces
 from data.quarantine import named
-from data.records import Record, Records, open_records
+from data.quotes import shortened, without_pictures
+from data.records import Record, Records
 from data.shapes import mapping
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import StoredImage
@@ -71,16 +73,21 @@ class ChunkReport:
     tasks: Counter[str]
     languages: Counter[str]
     labels: set[str]
+    notices: Notices
     histograms: dict[str, Histogram]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A file of rows. sources: the entries of a mixture that draw from it, or one that takes all as they are."""
+    """A file or folder of rows. sources: the entries of a mixture that draw from it, or one that takes all as they are.
+
+    beside: of the folder that it is in, what was passed over.
+    """
 
     role: str
     records: Records
     sources: tuple[Source, ...]
+    beside: dict[Path, Notices] = field(default_factory=dict)
 
     def parse(self, record: Record) -> Row | RowError:
         """A row, or what is wrong with its form."""
@@ -105,22 +112,27 @@ class Dataset:
             yield Chunk(number, first, last)
 
 
-def open_datasets(datasets: Iterable[tuple[str, Path]], row_format: str = AUTO) -> list[Dataset]:
+def open_datasets(
+    datasets: Iterable[tuple[str, Path]], row_format: str = AUTO, picture_root: Path | None = None
+) -> list[Dataset]:
     """Every file once of datasets and mixtures, given as (role, path); held-out ones first.
 
-    row_format: of files that no mixture names. Raises UserError for one that cannot be opened or holds no rows.
+    row_format: of files that no mixture names. picture_root: what picture paths are relative to, unless a mixture says
+    so; the file unless given. Raises UserError for one that cannot be opened or holds no rows.
     """
-    opened: dict[tuple[str, Path], Dataset] = {}
+    opened: dict[tuple[str, Path, Path | None], Dataset] = {}
     for role, path in sorted(datasets, key=lambda dataset: ROLES.index(dataset[0])):
-        spec = load_mixture(path)
+        spec = load_mixture(path, picture_root)
         if spec.is_mixture and row_format != AUTO:
             raise UserError(f"--format {row_format} has no effect on {path}; give the format of each source there")
         for source in spec.sources:
             for file in source.files:
-                same = opened.get((role, file))
+                same = opened.get((role, file, source.root))
                 taken = source if spec.is_mixture else replace(source, format=row_format)
-                records = same.records if same else open_records(file)
-                opened[role, file] = Dataset(role, records, (*(same.sources if same else ()), taken))
+                records = same.records if same else source.open(file)
+                sources = (*(same.sources if same else ()), taken)
+                beside = dict(source.notices) if file == source.files[0] else {}
+                opened[role, file, source.root] = Dataset(role, records, sources, beside)
     for dataset in opened.values():
         if not len(dataset.records):
             raise UserError(f"{dataset.records.path} holds no rows; each is one JSON object with images and messages")
@@ -149,14 +161,15 @@ class DatasetReport:
 class Report:
     """What the doctor found. rows_with: kind -> number of rows. num_distinct: pictures to train on.
 
-    errors: warnings that are to be errors here. stopped: before the end, at as many broken rows as were allowed.
-    mistakes: of mixtures.
+    notices: of each file or folder. errors: warnings that are to be errors here. stopped: before the end, at as many
+    broken rows as were allowed. mistakes: of mixtures.
     """
 
     datasets: list[DatasetReport] = field(default_factory=list)
     rows_with: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[Example]] = field(default_factory=dict)
     histograms: dict[str, Histogram] = field(default_factory=lambda: {name: Histogram(name) for name in UNITS})
+    notices: dict[Path, Notices] = field(default_factory=dict)
     num_distinct: int = 0
     errors: frozenset[str] = frozenset()
     settings: str = ""
@@ -184,8 +197,8 @@ _datasets: list[Dataset]
 def about(record: Record, row: Row | RowError) -> About:
     if isinstance(row, RowError):
         values = record.values or {}
-        words = json.dumps(values, ensure_ascii=False, default=lambda value: type(value).__name__) if values else ""
-        return About(record.where, str(values.get("id", "")), words[:EXCERPT], named(record))
+        words = json.dumps(without_pictures(values), ensure_ascii=False) if values else ""
+        return About(record.where, shortened(str(values.get("id", ""))), words[:EXCERPT], named(record))
     words = " / ".join(message["content"] for message in row.messages)[:EXCERPT]
     return About(record.where, row.id, words, named(record))
 
@@ -232,6 +245,7 @@ def check_chunk(chunk: Chunk) -> ChunkReport:
         tasks=Counter(row.task for _, row in good),
         languages=Counter(row.language for _, row in good),
         labels={label for _, row in good for label in row.labels},
+        notices=Notices(notice for _, row in good for notice in row.notices),
         histograms=histograms,
     )
 
@@ -253,6 +267,8 @@ class Doctor:
         dataset.tasks += chunk.tasks
         dataset.languages += chunk.languages
         dataset.labels |= chunk.labels
+        if chunk.notices:
+            self.report.notices.setdefault(dataset.path, Notices()).update(chunk.notices)
         for name, histogram in chunk.histograms.items():
             self.report.histograms[name].counts += histogram.counts
         quarantined = 0
@@ -341,6 +357,10 @@ def examine(
     global _checker, _datasets
     _checker, _datasets = checker, datasets
     report = Report([DatasetReport(dataset.records.path, dataset.role) for dataset in datasets], errors=errors)
+    for dataset in datasets:
+        for path, notices in [(dataset.records.path, dataset.records.notices), *dataset.beside.items()]:
+            if notices:
+                report.notices.setdefault(path, Notices()).update(notices)
     doctor, stopped = Doctor(report, quarantine), False
     chunks = [chunk for number, dataset in enumerate(datasets) for chunk in dataset.chunks(number)]
     num_rows = sum(len(dataset.records) for dataset in datasets)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.samples import files_below
+
 SETTLED_NS = 2_000_000_000  # a file changed so shortly before it was read may change again without a new time
 
 Facts = list[int]  # of a file: size, and times of its last changes in nanoseconds
@@ -16,6 +18,14 @@ def file_facts(path: str | os.PathLike[str]) -> Facts:
     """What differs when a file was changed. Raises OSError."""
     stat = os.stat(path)
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def files_of(path: Path) -> Iterator[Path]:
+    """A file, or all that a folder holds: some datasets are one."""
+    if path.is_file():
+        yield path
+    elif path.is_dir():
+        yield from (path / name for name in files_below(path))
 
 
 def settled(facts: Facts, now: int) -> bool:
@@ -30,7 +40,7 @@ def remembered(memory: Path, key: Any, files: Sequence[Path], read: Callable[[],
     are read, and left there once all were taken.
     """
     now = time.time_ns()
-    facts = {str(file): file_facts(file) for file in files if file.is_file()}
+    facts = {str(file): file_facts(file) for path in files for file in files_of(path)}
     head = json.dumps([key, facts]) + "\n"
     if memory.is_file():
         with open(memory, encoding="ascii") as lines:

@@ -10,22 +10,25 @@ content may be a list of texts, or lists by label ({"short": [...], "long": [...
 launchers check datasets before processes start.
 """
 
-import base64
 import difflib
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from data.converters import AUTO, ConversionError, convert
-from data.records import Record, read_records
+from data.converters import AUTO, KEYS_OF, ConversionError, convert, is_empty, nearest_form
+from data.notices import Notice, Notices, notices_of
+from data.quotes import brief
+from data.records import Record, RowError, is_picture, open_records, read_records
+from data.stored_pictures import is_unicode, path_in_words, stored_image
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.images import EncodedImage, StoredImage, open_image
+from nexus_gen.specs.images import StoredImage, open_image
 from nexus_gen.specs.prompts import CONTROL_TOKENS, IMAGE_TAG, language_of
 
 ROLES = ("system", "user", "assistant")
@@ -40,7 +43,7 @@ class Row:
 
     where: `file:line` and the like, what errors name it by. messages: {role, content}, of every choice the first text.
     choices: per message all its texts. task: understanding (pictures in user turns only), generation (in assistant
-    turns only), editing (in both), text.
+    turns only), editing (in both), text. notices: what of it is not read.
     """
 
     id: str
@@ -50,7 +53,8 @@ class Row:
     task: str
     where: str
     choices: list[Choices] = field(repr=False)
-    truth: dict[str, Any] | None = None
+    truth: dict[str, Any] | None = field(default=None, repr=False)
+    notices: tuple[Notice, ...] = field(default=(), repr=False)
 
     @property
     def num_targets(self) -> int:
@@ -84,19 +88,12 @@ class Row:
         return replace(self, messages=messages)
 
 
-class RowError(UserError):
-    """A row that cannot be trained on. kind: the name that problems of its sort are counted under."""
-
-    def __init__(self, where: str, kind: str, problem: str) -> None:
-        super().__init__(f"{where}: {problem}")
-        self.where, self.kind, self.problem = where, kind, problem
-
-
 @dataclass
 class Summary:
     """What `count_rows` counted in a file.
 
     rows: good and broken ones. first: what is wrong with the first broken. labels: of texts to choose from.
+    notices: what was passed over.
     """
 
     path: Path
@@ -105,6 +102,7 @@ class Summary:
     first: str = ""
     tasks: Counter[str] = field(default_factory=Counter)
     labels: set[str] = field(default_factory=set)
+    notices: Notices = field(default_factory=Notices)
 
     def is_good(self, max_bad_fraction: float) -> bool:
         """Whether no more than that fraction of the rows are broken."""
@@ -121,12 +119,12 @@ class Summary:
         )
 
 
-def read_rows(path: str | os.PathLike[str], row_format: str = AUTO) -> Iterator[Row]:
+def read_rows(path: str | os.PathLike[str], row_format: str = AUTO, picture_root: Path | None = None) -> Iterator[Row]:
     """The rows of a dataset file, each checked for form.
 
     Raises UserError naming file and line, what is wrong with both numbers, and the remedy.
     """
-    for record in read_records(path):
+    for record in read_records(path, picture_root):
         yield parse_record(record, row_format)
 
 
@@ -135,6 +133,7 @@ def count_rows(
     check_images: Literal["exists", "open"],
     row_format: str = AUTO,
     left_out: Collection[int] = (),
+    picture_root: Path | None = None,
 ) -> Summary:
     """Read every row of a dataset file; check_images: `exists` asks the file system, `open` decodes each picture.
 
@@ -142,7 +141,8 @@ def count_rows(
     """
     summary = Summary(Path(path))
     missing_picture = MissingPictures()
-    for index, record in enumerate(read_records(path)):
+    records = open_records(path, picture_root)
+    for index, record in enumerate(records):
         if index in left_out:
             continue
         summary.rows += 1
@@ -159,6 +159,9 @@ def count_rows(
         else:
             summary.tasks[row.task] += 1
             summary.labels |= row.labels
+            if row.notices:
+                summary.notices.update(row.notices)
+    summary.notices += records.notices
     if not summary.rows:
         none = f"but the {len(left_out)} that are quarantined" if left_out else "at all"
         raise UserError(f"{path} holds no rows {none}; a row is one JSON object with images and messages")
@@ -180,7 +183,10 @@ class MissingPictures:
             if directory not in self._entries:
                 self._entries[directory] = _entries(directory)
             if name not in self._entries[directory]:
-                problem = f"picture {image} does not exist; paths are relative to the file that names them"
+                problem = (
+                    f"picture {path_in_words(image)} does not exist; paths are relative to the file that names them, "
+                    "or to picture_root"
+                )
                 return RowError(row.where, "missing_picture", problem)
         return None
 
@@ -192,9 +198,39 @@ def _entries(directory: str) -> set[str]:
         return set()
 
 
+# What rows of any format have, and what pictures and words are lost with when it is misspelt.
+ROW_KEYS = sorted({*KEYS, "image", "conversations", "captions", "system", *chain(*KEYS_OF.values())})
+NEEDED = ("image", "images", "messages")
+
+
 @lru_cache(maxsize=1024)  # rows of one file share their keys, and difflib would take most of the time
-def _known_key_like(key: str) -> str | None:
-    return next(iter(difflib.get_close_matches(key, sorted(KEYS), n=1)), None)
+def _meant(key: str) -> str | None:
+    """The key that a row needs and that this one differs from by one letter: own keys hardly do."""
+    key = key.lower()
+    return key if key in NEEDED else next((known for known in NEEDED if _is_slip(key, known)), None)
+
+
+def _is_slip(key: str, known: str) -> bool:
+    """Whether the texts differ by a letter that is missing, too many, another, or has changed places with the next."""
+    if abs(len(key) - len(known)) > 1:
+        return False
+    first = next((n for n, (a, b) in enumerate(zip(key, known, strict=False)) if a != b), min(len(key), len(known)))
+    a, b = key[first:], known[first:]
+    return a[1:] == b or a == b[1:] or a[1:] == b[1:] or (a[:2] == b[1::-1] and a[2:] == b[2:])
+
+
+def _without_messages(values: Mapping[str, Any]) -> str:
+    """What to say of a row that is in no format: a key that may be misspelt, or the nearest format."""
+    for key in values.keys() - set(ROW_KEYS):
+        if likely := next(iter(difflib.get_close_matches(key, ROW_KEYS, n=1, cutoff=0.75)), None):
+            return f"unknown key {brief(key)}; did you mean '{likely}'?"
+    return f"no messages; give a list of {{role, content}}{nearest_form(dict(values))}"
+
+
+def _named_pictures(values: Mapping[str, Any], unknown: Collection[str]) -> str:
+    """A hint at keys of a row without images that may hold some."""
+    named = [key for key in unknown if isinstance(values[key], str) and is_picture(values[key])]
+    return f"; call {brief(named[0])} image if it names one" if named else ""
 
 
 def parse_record(record: Record, row_format: str = AUTO) -> Row:
@@ -208,17 +244,32 @@ def parse_record(record: Record, row_format: str = AUTO) -> Row:
 
     if record.values is None:
         raise refuse(record.kind, record.problem or "unreadable")
+    values, notices = record.values, record.notices
+    empty = [key for key, value in values.items() if value is None or (value.__class__ is float and value != value)]
+    if empty:  # pandas writes null and NaN where a column has no value
+        values = {key: value for key, value in values.items() if key not in empty}
+        notices += notices_of("empty_value", frozenset(empty))
     try:
-        values = convert(record.values, row_format)
+        values = convert(values, row_format, bool(record.members))
     except ConversionError as error:
         raise refuse(error.kind, str(error)) from error
-    for key in values.keys() - KEYS:
-        meant = _known_key_like(key)
-        if meant and meant not in values:  # `image_size` beside `images` is somebody's own key
-            raise refuse("key", f"unknown key '{key}'; did you mean '{meant}'?")
-    messages, images = values.get("messages"), values.get("images", list(record.members))
+    unknown = values.keys() - KEYS
+    if unknown:
+        for key in unknown:
+            meant = _meant(key)
+            found = "messages" in values if meant == "messages" else "images" in values or bool(record.members)
+            if meant and not found:
+                raise refuse("key", f"unknown key {brief(key)}; did you mean '{meant}'?")
+        notices += notices_of("ignored_key", frozenset(unknown))
+    messages, images = values.get("messages"), values.get("images")
+    images = list(record.members) if images is None else images
+    if messages is None and row_format == AUTO:
+        problem = _without_messages(values)
+        raise refuse("key" if problem.startswith("unknown key") else "messages", problem)
     if not isinstance(messages, list) or not messages:
         raise refuse("messages", "no messages; give a list of {role, content}")
+    if isinstance(images, list) and images and all(map(is_empty, images)) and IMAGE_TAG not in str(messages):
+        images = []  # a text row of a table whose other rows have pictures
     if not isinstance(images, list) or not all(isinstance(image, str | bytes | dict) and image for image in images):
         raise refuse("images", "images must be a list of file paths")
     if not isinstance(values.get("truth"), dict | None):
@@ -229,7 +280,7 @@ def parse_record(record: Record, row_format: str = AUTO) -> Row:
         if choice is None:
             raise refuse("messages", "every message needs a role and a content of text, or of texts to choose from")
         if message.get("role") not in ROLES:
-            raise refuse("role", f"role {message.get('role')!r} is none of {', '.join(ROLES)}")
+            raise refuse("role", f"role {brief(message.get('role'))} is none of {', '.join(ROLES)}")
         choices.append(choice)
     roles = [message["role"] for message in messages]
     turns = [role for role in roles if role != "system"]
@@ -248,7 +299,7 @@ def parse_record(record: Record, row_format: str = AUTO) -> Row:
             numbers = " and ".join(map(str, sorted(counts)))
             raise refuse("placeholders", f"texts of one choice hold {numbers} {IMAGE_TAG} tags; give all the same")
         tags[role] += counts.pop()
-        if not all(_is_unicode(text) for text in texts):
+        if not all(is_unicode(text) for text in texts):
             raise refuse("encoding", "a message holds half of a surrogate pair, which is no character; write it again")
         if token := next((token for text in texts if "<|" in text for token in CONTROL_TOKENS if token in text), None):
             raise refuse("markup", f"a message holds {token}, which the chat template writes itself; take it out")
@@ -260,15 +311,16 @@ def parse_record(record: Record, row_format: str = AUTO) -> Row:
     if num_tags != len(images):
         raise refuse(
             "placeholders",
-            f"{len(images)} images for {num_tags} {IMAGE_TAG} tags; give one path per tag, in their order",
+            f"{len(images)} images for {num_tags} {IMAGE_TAG} tags; give one path per tag, in their order"
+            + ("" if images else _named_pictures(values, unknown)),
         )
     if tags["system"]:
         raise refuse(
             "placeholders", f"a system message holds {IMAGE_TAG}; pictures go into user and assistant messages"
         )
     return Row(
-        id=str(values.get("id", record.name)),
-        source=str(values.get("source", record.file.stem)),
+        id=_name(values.get("id", record.name)),
+        source=_name(values.get("source", record.file.stem)),
         images=[stored_image(image, number, record) for number, image in enumerate(images, start=1)],
         messages=[
             {"role": role, "content": next(iter(choice.values()))[0]}
@@ -278,59 +330,24 @@ def parse_record(record: Record, row_format: str = AUTO) -> Row:
         where=record.where,
         choices=choices,
         truth=values.get("truth"),
+        notices=notices,
     )
 
 
+def _name(value: Any) -> str:
+    """An id or a source as text; identifiers of 16 bytes are ones too."""
+    return value[:32].hex() if isinstance(value, bytes) else str(value)
+
+
 def _choices(content: Any) -> Choices | None:
-    """All texts of a content by label; None when it is none."""
+    """All texts of a content by label; None when it is none. Labels without texts are empty columns of a table."""
     by_label = content if isinstance(content, dict) else {"": content}
-    choices = {label: [texts] if isinstance(texts, str) else texts for label, texts in by_label.items()}
+    choices = {
+        label: [texts] if isinstance(texts, str) else texts
+        for label, texts in by_label.items()
+        if texts is not None or not label
+    }
     well_formed = choices and all(
         isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts) for texts in choices.values()
     )
     return choices if well_formed else None
-
-
-def stored_image(image: Any, number: int, record: Record) -> StoredImage:
-    """A picture of a row: the member of its tar, a path, or the bytes that came with it. number: from 1."""
-
-    def refuse(kind: str, problem: str) -> RowError:
-        return RowError(record.where, kind, problem)
-
-    name = f"{number} of {record.where}"
-    if isinstance(image, dict):  # Hugging Face's Image feature: the bytes, or a path where they were not embedded
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, bytes) and image:
-        return EncodedImage(name, image)
-    if not isinstance(image, str) or not image:
-        raise refuse("images", f"image {number} is neither a path nor bytes")
-    if image.startswith("data:"):
-        head, _, text = image.partition(",")
-        try:
-            if not head.endswith(";base64"):
-                raise ValueError("not base64")
-            return EncodedImage(name, base64.b64decode(text, validate=True))
-        except ValueError as error:
-            raise refuse("images", f"image {number} is a data: address that cannot be decoded ({error})") from error
-    if "://" in image:
-        raise refuse(
-            "url", f"image {image[:80]} is an address; download it and give its path, nothing is fetched while training"
-        )
-    if record.members:
-        key = os.path.basename(record.name).removesuffix("json")
-        for member in (os.path.basename(image), f"{key}{image}"):
-            if member in record.members:
-                return record.members[member]
-        beside = ", ".join(record.members)
-        raise refuse("missing_picture", f"picture {image} is not in the tar; beside the row are {beside}")
-    if not _is_unicode(image) or "\0" in image:
-        raise refuse("images", f"image {number} has a path that no file can have")
-    return record.file.parent / image
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -4,7 +4,7 @@ A mixture is a YAML (or JSON) file:
 
     epoch_rows: 100000           # optional, with weights: draws that make an epoch; as many as all sources have rows
     sources:
-      - path: photos/*.parquet   # a file or a pattern, relative to this file; every kind of `data.records`
+      - path: photos/*.parquet   # a file, a pattern or a folder, relative to this file; all of `data.dataset_files`
         weight: 3                # share of the draws, relative to the other sources
         tasks: [generation]      # only these rows; so are languages: [en, zh]
         captions: {long: 2, short: 1}
@@ -12,6 +12,7 @@ A mixture is a YAML (or JSON) file:
         weight: 1
         format: llava            # a key of `data.converters.CONVERTERS`; detected unless given
         system: You are helpful. # for rows that have no system message
+        picture_root: /pictures  # what picture paths are relative to, the file with the rows unless given
 
 Instead of weights, `count: 5000` gives the rows per epoch; without either a source gives all its rows once per epoch.
 The k-th draw out of a source is row k of an endless order in which every pass holds every row once, whatever the epochs
@@ -19,156 +20,46 @@ are, so no row is left out for good. The draw at a position is a function of (se
 and a resumed run, see the same. No torch here.
 """
 
-import glob
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import yaml
 
-from data.converters import AUTO, CONVERTERS
-from data.memory import file_facts
-from data.messages import TASKS, Row, RowError, Summary, count_rows, parse_record
+from data.memory import file_facts, files_of
+from data.messages import TASKS, Row, RowError, Summary, count_rows
+from data.mixture_spec import MixtureSpec, Source, load_mixture
+from data.notices import Notices, sentences
 from data.quarantine import NOTHING, LeftOut
-from data.records import ROW_GROUPS_KEPT, Record, open_records
+from data.records import ROW_GROUPS_KEPT, Record
 from nexus_gen.specs.errors import UserError, nearest
-from nexus_gen.specs.prompts import LANGUAGES
 
-SUFFIXES = (".yaml", ".yml")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One entry of a mixture; the module says what its keys mean. files: what `path` stands for, sorted by name."""
-
-    path: str
-    weight: float | None = None
-    count: int | None = None
-    tasks: list[str] = field(default_factory=list)
-    languages: list[str] = field(default_factory=list)
-    format: str = AUTO
-    system: str = ""
-    captions: dict[str, float] = field(default_factory=dict)
-    files: tuple[Path, ...] = ()
-
-    def parse(self, record: Record) -> Row:
-        """The row of a record, with this source's system message where it has none. Raises RowError."""
-        row = parse_record(record, self.format)
-        if self.system and row.messages[0]["role"] != "system":
-            message = {"role": "system", "content": self.system}
-            row = replace(row, messages=[message, *row.messages], choices=[{"": [self.system]}, *row.choices])
-        return row
-
-    def takes(self, row: Row) -> bool:
-        return (not self.tasks or row.task in self.tasks) and (not self.languages or row.language in self.languages)
-
-
-@dataclass(frozen=True)
-class MixtureSpec:
-    """A dataset as given: one file, or what a mixture file says."""
-
-    path: Path
-    sources: tuple[Source, ...]
-    epoch_rows: int | None = None
-
-    @property
-    def is_mixture(self) -> bool:
-        return self.path.suffix.lower() in SUFFIXES
-
-    @property
-    def files(self) -> list[Path]:
-        """Every dataset file once."""
-        return list(dict.fromkeys(file for source in self.sources for file in source.files))
-
-
-def load_mixture(path: str | os.PathLike[str]) -> MixtureSpec:
-    """The sources of a dataset file or a mixture file; no rows are read.
-
-    Raises UserError for a file that is no mixture, an unknown key, a value out of range, a pattern without files.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        return MixtureSpec(path, (Source(str(path), files=(path,)),))
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); give a YAML file") from error
-    if not isinstance(values, dict) or not isinstance(values.get("sources"), list) or not values["sources"]:
-        raise UserError(f"{path} is no mixture; give a list of sources, each with a path")
-    for key in values.keys() - {"sources", "epoch_rows"}:
-        raise UserError(f"{path}: there is no key '{key}'{nearest(str(key), ('sources', 'epoch_rows'))}")
-    sources = tuple(_source(entry, f"{path}, source {n}", path) for n, entry in enumerate(values["sources"], start=1))
-    epoch_rows = values.get("epoch_rows")
-    weighted = [source.weight is not None for source in sources]
-    if any(weighted) and not all(weighted):
-        raise UserError(f"{path}: {sum(weighted)} of {len(sources)} sources have a weight; give all one, or none")
-    if epoch_rows is not None and not all(weighted):
-        raise UserError(f"{path}: epoch_rows goes with weights; with counts their sum is the epoch")
-    if epoch_rows is not None and (not isinstance(epoch_rows, int) or epoch_rows < len(sources)):
-        raise UserError(f"{path}: epoch_rows is {epoch_rows!r}; it must be a number of at least one row per source")
-    return MixtureSpec(path, sources, epoch_rows)
-
-
-def _source(entry: Any, where: str, path: Path) -> Source:
-    known = [item.name for item in fields(Source) if item.name != "files"]
-    needed = [item.name for item in fields(Source) if item.default is item.default_factory is MISSING]
-    if not isinstance(entry, dict) or any(name not in entry for name in needed):
-        raise UserError(f"{where} has no path; give {{path: ..., weight: ...}}")
-    for key in entry.keys() - set(known):
-        raise UserError(f"{where}: there is no key '{key}'{nearest(str(key), known)}")
-    source = Source(**entry)
-    if not isinstance(source.path, str):
-        raise UserError(
-            f"{where}: path is {source.path!r}; give one file or a pattern, and a source for each other one"
-        )
-    for key, valid in (("tasks", TASKS), ("languages", LANGUAGES)):
-        given = getattr(source, key)
-        if not isinstance(given, list) or any(one not in valid for one in given):
-            raise UserError(f"{where}: {key} is {given!r}; give a list out of {', '.join(valid)}")
-    if source.format not in (AUTO, *CONVERTERS):
-        raise UserError(f"{where}: there is no format {source.format!r}{nearest(str(source.format), CONVERTERS)}")
-    if source.weight is not None and source.count is not None:
-        raise UserError(f"{where} has both a weight and a count; give one of them")
-    for key in ("weight", "count"):
-        given = getattr(source, key)
-        number = int if key == "count" else int | float
-        if given is not None and (not isinstance(given, number) or isinstance(given, bool) or given <= 0):
-            raise UserError(f"{where}: {key} is {given!r}; it must be a number above 0")
-    if not isinstance(source.captions, dict) or not all(
-        isinstance(weight, int | float) and weight >= 0 for weight in source.captions.values()
-    ):
-        raise UserError(f"{where}: captions is {source.captions!r}; give weights by label, {{long: 2, short: 1}}")
-    if not isinstance(source.system, str):
-        raise UserError(f"{where}: system is {source.system!r}; give a text")
-    files = sorted(Path(file) for file in glob.glob(os.path.join(glob.escape(str(path.parent)), source.path)))
-    if not files:
-        raise UserError(f"{where}: no file is called {source.path}; paths are relative to {path.parent}")
-    return replace(source, files=tuple(files))
+log = logging.getLogger(__name__)
 
 
 Place = tuple[int, int, int]  # of a row: its source, the file there, its number in that file, all from 0
 
 
 def read_places(
-    path: str | os.PathLike[str], left_out: LeftOut = NOTHING
+    path: str | os.PathLike[str], left_out: LeftOut = NOTHING, picture_root: str | os.PathLike[str] | None = None
 ) -> Iterator[tuple[Place, Row | RowError, str]]:
     """Every row of a dataset or a mixture once, in the order of its files, whatever its weights and counts are.
 
     The text says why a row is left out; it is empty for one that is not.
     """
-    spec = load_mixture(path)
+    spec = load_mixture(path, picture_root)
     seen: set[str] = set()
     repeats = sum(len(source.files) for source in spec.sources) > len(spec.files)
     for source_number, source in enumerate(spec.sources):
         for file_number, file in enumerate(source.files):
             reasons = left_out.of(file)
-            for number, record in enumerate(open_records(file)):
+            for number, record in enumerate(source.open(file)):
                 row: Row | RowError
                 try:
                     row = source.parse(record)
@@ -187,9 +78,9 @@ class RowsByPlace:
     Their files are read through for it here, and not again in processes that this object is sent to.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._sources = load_mixture(path).sources
-        self._records = [[open_records(file) for file in source.files] for source in self._sources]
+    def __init__(self, path: str | os.PathLike[str], picture_root: str | os.PathLike[str] | None = None) -> None:
+        self._sources = load_mixture(path, picture_root).sources
+        self._records = [[source.open(file) for file in source.files] for source in self._sources]
         for records in chain.from_iterable(self._records):
             len(records)
 
@@ -198,9 +89,11 @@ class RowsByPlace:
         return self._sources[source].parse(self._records[source][file][number])
 
 
-def read_dataset(path: str | os.PathLike[str], left_out: LeftOut = NOTHING) -> Iterator[Row]:
+def read_dataset(
+    path: str | os.PathLike[str], left_out: LeftOut = NOTHING, picture_root: str | os.PathLike[str] | None = None
+) -> Iterator[Row]:
     """The rows of `read_places` that are not left out. Raises UserError as `read_rows` does."""
-    for _, row, reason in read_places(path, left_out):
+    for _, row, reason in read_places(path, left_out, picture_root):
         if reason:
             continue
         if isinstance(row, RowError):
@@ -209,23 +102,32 @@ def read_dataset(path: str | os.PathLike[str], left_out: LeftOut = NOTHING) -> I
 
 
 def check_dataset(
-    path: str | os.PathLike[str], max_bad_fraction: float = 0.0, left_out: LeftOut = NOTHING
+    path: str | os.PathLike[str],
+    max_bad_fraction: float = 0.0,
+    left_out: LeftOut = NOTHING,
+    picture_root: str | os.PathLike[str] | None = None,
 ) -> dict[str, int]:
     """Read every row of a dataset or a mixture and ask whether its pictures exist; returns the rows of each task.
 
     A file that did not change is read once by a process, and again where too many rows were broken: their pictures may
     have come since. Rows that are left out do not count. Raises UserError when a file has more broken rows than that
-    fraction (below it, they are left to the trainer), and for what a mixture asks for in vain.
+    fraction (below it, they are left to the trainer), and for what a mixture asks for in vain. Notices of a file are
+    logged when it is read first.
     """
-    spec = load_mixture(path)
-    formats = dict.fromkeys((file, source.format) for source in spec.sources for file in source.files)
+    spec = load_mixture(path, picture_root)
+    ways = dict.fromkeys((file, source.format, source.root) for source in spec.sources for file in source.files)
     tasks = dict.fromkeys(TASKS, 0)
     found: list[Summary] = []
-    for file, row_format in formats:
+    for source in spec.sources:
+        for folder, notices in source.notices.items():
+            _log_once(folder, notices)
+    for file, row_format, root in ways:
         out = frozenset(left_out.of(file))
-        read = (file, *(file_facts(file) if file.is_file() else ()), row_format, out)
+        facts = tuple((inside, *file_facts(inside)) for inside in files_of(file))
+        read = (file, hash(facts), row_format, root, out)
         if read not in _counted or not _counted[read].is_good(max_bad_fraction):
-            _counted[read] = count_rows(file, "exists", row_format, out)
+            _counted[read] = count_rows(file, "exists", row_format, out, root)
+            _log_once(file, _counted[read].notices)
         found.append(_counted[read].check(max_bad_fraction))
         for task, count in found[-1].tasks.items():
             tasks[task] += count
@@ -234,7 +136,17 @@ def check_dataset(
     return {task: count for task, count in tasks.items() if count}
 
 
-_counted: dict[tuple[Any, ...], Summary] = {}  # by file, its size and times, format and rows that are left out
+_counted: dict[tuple[Any, ...], Summary] = {}  # by file, its size and times, format, root and rows that are left out
+_logged: set[str] = set()
+
+
+def _log_once(path: Path, notices: Notices) -> None:
+    """Say what is not read of a file; checks before a stage and before its pipeline say the same."""
+    for _, _, sentence in sentences(notices):
+        line = f"notice: {path}: {sentence}"
+        if line not in _logged:
+            _logged.add(line)
+            log.warning("%s", line)
 
 
 class Found(Protocol):
@@ -278,8 +190,14 @@ class Mixture:
     The files are read through here, and not again in processes that this object is sent to.
     """
 
-    def __init__(self, path: str | os.PathLike[str], seed: int, left_out: LeftOut = NOTHING) -> None:
-        self.spec = load_mixture(path)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        seed: int,
+        left_out: LeftOut = NOTHING,
+        picture_root: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.spec = load_mixture(path, picture_root)
         self.seed = seed
         self._rows = [_SourceRows(source, left_out) for source in self.spec.sources]
         self.num_left_out = sum(rows.num_left_out for rows in self._rows)
@@ -345,7 +263,7 @@ class _SourceRows:
     named when its turn comes, unless it is left out."""
 
     def __init__(self, source: Source, left_out: LeftOut) -> None:
-        self._files = [open_records(file) for file in source.files]
+        self._files = [source.open(file) for file in source.files]
         self._starts = np.cumsum([0, *(len(records) for records in self._files)])
         self._chunks = np.concatenate(
             [np.array(records.chunks) + start for records, start in zip(self._files, self._starts[:-1], strict=True)]

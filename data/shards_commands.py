@@ -341,17 +341,18 @@ def thumbnails(
     artifact: Path, arguments: argparse.Namespace, wanted: set[tuple[str, str]]
 ) -> dict[tuple[str, str], str]:
     """The last picture of the wanted rows as data: addresses."""
-    rows = arguments.rows
+    rows, picture_root = arguments.rows, ""
     if rows is None:
         config = artifact.parent / "config.yaml"
         if not config.is_file():
             raise UserError(f"{config} does not exist; give --rows, the dataset that {artifact} was made from")
         try:
-            rows = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["data"][arguments.split])
+            data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
+            rows, picture_root = Path(data[arguments.split]), data.get("picture_root", "")
         except (UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
             raise UserError(f"{config} does not say what data.{arguments.split} was; give --rows") from error
     found = {}
-    for _, row, _ in read_places(rows):
+    for _, row, _ in read_places(rows, picture_root=picture_root):
         if isinstance(row, Row) and (row.source, row.id) in wanted and row.images:
             image = open_image(row.images[-1])
             image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))

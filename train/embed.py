@@ -356,7 +356,8 @@ class EmbedStage(Stage[EmbedConfig]):
         return load_vae(model.flux, model.vae, self.compute_dtype, self.device).eval()
 
     def _rows_by_place(self) -> dict[str, RowsByPlace]:
-        return {split: RowsByPlace(getattr(self.config.data, split)) for split in self.config.data.splits}
+        data = self.config.data
+        return {split: RowsByPlace(getattr(data, split), data.picture_root) for split in data.splits}
 
     def read(self, sample: PlannedSample) -> tuple[Row, list[Image.Image]]:
         """A sample's row, and the pictures of it that enter; UserError when they are not those of its address."""

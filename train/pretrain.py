@@ -115,8 +115,9 @@ class PretrainStage(Stage[PretrainConfig]):
     def _mixtures(self) -> tuple[Mixture, Mixture]:
         """Training and held-out rows. Reading files through for them takes minutes for a million rows of tars."""
         data = self.config.data
-        left_out = data.left_out()
-        return Mixture(data.train, self.config.seed, left_out), Mixture(data.heldout, HELDOUT_SEED, left_out)
+        left_out, root = data.left_out(), data.picture_root
+        train = Mixture(data.train, self.config.seed, left_out, root)
+        return train, Mixture(data.heldout, HELDOUT_SEED, left_out, root)
 
 
 def row_counts(mixture: Mixture) -> dict[str, int]:

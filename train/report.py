@@ -177,7 +177,8 @@ def main(argv: list[str]) -> int:
                 raise UserError(f"{role} of {run / config.stage}, {where}, does not exist any more; put it back there")
     pretrain = configs[0]
     assert isinstance(pretrain, PretrainConfig)
-    rows = list(read_dataset(pretrain.data.heldout, pretrain.data.left_out("heldout")))
+    data = pretrain.data
+    rows = list(read_dataset(data.heldout, data.left_out("heldout"), data.picture_root))
     gains = gains_of(run, arguments.against) if arguments.against else []
     from train.report_samples import draw_samples  # loads torch: only once the arguments hold
 

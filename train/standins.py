@@ -60,7 +60,8 @@ class StandinsStage(Stage[StandinsStageConfig]):
         disable_progress_bar()  # transformers' own, of writing files that take no time
         words: list[str] = []
         scenes: dict[StoredImage, dict[str, Any]] = {}
-        for row in read_dataset(self.config.data.train, self.config.data.left_out()):
+        data = self.config.data
+        for row in read_dataset(data.train, data.left_out(), data.picture_root):
             words += [text for choice in row.choices for texts in choice.values() for text in texts]
             known = (row.truth or {}).get("scenes", [{}] * len(row.images))
             scenes.update(zip(row.images, known, strict=False))

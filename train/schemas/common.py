@@ -1,6 +1,6 @@
 """Config sections that several stages share. Names, types and units live here; values live in configs/."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from data.mixture import load_mixture
@@ -261,11 +261,14 @@ class ModelConfig(DiffusionConfig, QwenConfig):
 
 @dataclass
 class TrainRowsConfig:
-    """train: a message dataset or a mixture. quarantine: files of rows that are left out, as `nexus-gen data check` and
-    training write them, or directories of such."""
+    """train: a message dataset (a file, a pattern, a folder) or a mixture. quarantine: files of rows that are left out,
+    as `nexus-gen data check` and training write them, or directories of such. picture_root: the directory that picture
+    paths of rows are relative to; empty for that of the file that names them. A source of a mixture may give its own.
+    """
 
     train: PathStr
     quarantine: PathList
+    picture_root: PathStr = field(default="", kw_only=True)
 
     splits: ClassVar[tuple[str, ...]] = ("train",)
 
@@ -279,7 +282,7 @@ class TrainRowsConfig:
 
 @dataclass
 class RowsConfig(TrainRowsConfig):
-    """heldout: a message dataset or a mixture."""
+    """heldout: a message dataset or a mixture, as train."""
 
     heldout: PathStr
 

@@ -29,6 +29,7 @@ ADDED_SINCE: dict[str, Any] = {
     "embed.pixels": "squash",
     "data.token_budget": 0,
     "data.quarantine": [],
+    "data.picture_root": "",
     "shapes.new_names": 0.0,
     "model.num_target_tokens": 81,
 }

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from data.dataset_files import is_pattern
 from data.embedding_plan import HASHES, ROWS, PictureHashes, SplitRows
 from data.mixture import check_dataset, load_mixture
 from data.quarantine import LeftOut
@@ -178,7 +179,7 @@ class StandinsStageConfig(StageConfig):
         self.preflight_rows()
 
     def preflight_rows(self) -> None:
-        check_dataset(self.data.train, left_out=self.data.left_out())
+        check_dataset(self.data.train, left_out=self.data.left_out(), picture_root=self.data.picture_root)
 
 
 @dataclass
@@ -266,8 +267,8 @@ class PretrainConfig(StageConfig):
 
     def preflight_rows(self) -> None:
         left_out = checked_quarantine(self, self.data)
-        check_dataset(self.data.train, self.data.max_bad_fraction, left_out)
-        check_dataset(self.data.heldout, left_out=left_out)
+        check_dataset(self.data.train, self.data.max_bad_fraction, left_out, self.data.picture_root)
+        check_dataset(self.data.heldout, left_out=left_out, picture_root=self.data.picture_root)
 
 
 @dataclass
@@ -347,6 +348,7 @@ class EmbedStageConfig(StageConfig):
                 hashes,
                 left_out,
                 self.run_dir / ROWS.format(split=split),
+                self.data.picture_root,
             )
             for split in self.data.splits
         ]
@@ -364,7 +366,7 @@ class EmbedStageConfig(StageConfig):
     def preflight_rows(self) -> None:
         left_out = checked_quarantine(self, self.data)
         for split in (self.data.train, self.data.heldout):
-            tasks = check_dataset(split, self.data.max_bad_fraction, left_out)
+            tasks = check_dataset(split, self.data.max_bad_fraction, left_out, self.data.picture_root)
             if self.task not in tasks:
                 raise UserError(
                     f"{split} holds no {self.task} rows (it has {tasks}); stage={self.stage} needs some, and "
@@ -373,7 +375,8 @@ class EmbedStageConfig(StageConfig):
 
     def num_train_rows(self) -> int:
         """Samples that its artifact holds at most."""
-        return check_dataset(self.data.train, self.data.max_bad_fraction, self.data.left_out())[self.task]
+        data = self.data
+        return check_dataset(data.train, data.max_bad_fraction, data.left_out(), data.picture_root)[self.task]
 
 
 @dataclass
@@ -595,11 +598,13 @@ def preflight_pipeline(configs: Sequence[StageConfig]) -> None:
 
 
 def message_inputs(data: TrainRowsConfig) -> dict[str, Path]:
-    """Datasets, every file that they draw from where they are mixtures, quarantine files: their contents count."""
+    """Datasets, every file that they draw from where they are several, quarantine files: their contents count."""
     inputs = {}
     for role in data.splits:
-        inputs[f"data.{role}"] = where = Path(getattr(data, role))
-        files = load_mixture(where).files if where.is_file() else []
+        where = Path(getattr(data, role))
+        files = load_mixture(where).files if where.exists() or is_pattern(where) else [where]
+        if where.is_file() or files == [where]:
+            inputs[f"data.{role}"] = where
         inputs |= {f"data.{role}[{n}]": file for n, file in enumerate(files) if file != where}
     return inputs | {f"data.quarantine[{n}]": Path(path) for n, path in enumerate(data.quarantine)}
 
@@ -629,7 +634,8 @@ def read_ahead(config: StageConfig) -> None:
     with contextlib.suppress(UserError, OSError):
         if isinstance(data, TrainRowsConfig):
             for split in data.splits:
-                check_dataset(getattr(data, split), getattr(data, "max_bad_fraction", 0.0), data.left_out())
+                bad = getattr(data, "max_bad_fraction", 0.0)
+                check_dataset(getattr(data, split), bad, data.left_out(), data.picture_root)
         if isinstance(config, EmbedStageConfig):
             config.read_splits()
 
