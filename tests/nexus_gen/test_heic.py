@@ -1,0 +1,35 @@
+"""HEIC, the format of phones: read where the extra is installed, named with its remedy where it is not."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.images import EncodedImage, open_image, open_size
+
+HEADS = [b"\0\0\0\x1cftyp" + brand + b"\0\0\0\0mif1heic" for brand in (b"heic", b"heix", b"mif1")]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pillow_heif") is not None, reason="pillow-heif is installed")
+@pytest.mark.parametrize("head", HEADS)
+def test_without_the_extra_the_error_names_it(head: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.heic"
+    path.write_bytes(head)
+    for source in (path, EncodedImage("a.heic of rows.tar", head)):
+        with pytest.raises(UserError, match=r"a\.heic.* cannot be read .*pip install pillow-heif"):
+            open_image(source)
+    (tmp_path / "b.heic").write_bytes(b"<html>")
+    with pytest.raises(UserError, match="replace it"):
+        open_image(tmp_path / "b.heic")
+
+
+def test_with_the_extra_it_is_read(tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pixels = np.full((32, 48, 3), (200, 30, 60), dtype=np.uint8)
+    path = tmp_path / "a.HEIC"
+    pillow_heif.from_pillow(Image.fromarray(pixels)).save(path)
+    assert open_size(path) == open_image(path).size == (48, 32)
+    assert np.abs(np.asarray(open_image(path)).astype(int) - pixels).max() < 16
