@@ -111,7 +111,7 @@ def from_captions(values: Values) -> Values:
     """{image, caption | captions | text} -> paint what the caption says. captions: a list, or lists by label."""
     values = with_pictures(values)
     used = next((key for key in CAPTION_KEYS if key in values), "caption")
-    texts = values.get(used)
+    texts = values[used]
     language = _language(values, texts)
     template = GENERATION_PROMPT[language]
     return _rest(values, used, "language") | {

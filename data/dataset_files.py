@@ -43,6 +43,8 @@ def dataset_files(path: str | os.PathLike[str]) -> DatasetFiles:
         matches = [Path(match) for match in sorted(glob.glob(os.fspath(path), recursive=True))]
         if not matches:
             raise UserError(f"no file is called {path}; check the path")
+    elif "{" in os.fspath(path) and not os.path.exists(path):
+        raise UserError(f"{path} does not exist; braces are not expanded, a pattern has *, ? and [0-9]")
     else:
         matches = [Path(path)]
     files: list[Path] = []

@@ -20,7 +20,7 @@ def file_facts(path: str | os.PathLike[str]) -> Facts:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def files_of(path: Path) -> Iterator[Path]:
+def folder_files(path: Path) -> Iterator[Path]:
     """A file, or all that a folder holds: some datasets are one."""
     if path.is_file():
         yield path
@@ -40,7 +40,7 @@ def remembered(memory: Path, key: Any, files: Sequence[Path], read: Callable[[],
     are read, and left there once all were taken.
     """
     now = time.time_ns()
-    facts = {str(file): file_facts(file) for path in files for file in files_of(path)}
+    facts = {str(file): file_facts(file) for path in files for file in folder_files(path)}
     head = json.dumps([key, facts]) + "\n"
     if memory.is_file():
         with open(memory, encoding="ascii") as lines:

@@ -222,7 +222,7 @@ def _is_slip(key: str, known: str) -> bool:
 def _without_messages(values: Mapping[str, Any]) -> str:
     """What to say of a row that is in no format: a key that may be misspelt, or the nearest format."""
     for key in values.keys() - set(ROW_KEYS):
-        if likely := next(iter(difflib.get_close_matches(key, ROW_KEYS, n=1, cutoff=0.75)), None):
+        if likely := next(iter(difflib.get_close_matches(key.lower(), ROW_KEYS, n=1, cutoff=0.75)), None):
             return f"unknown key {brief(key)}; did you mean '{likely}'?"
     return f"no messages; give a list of {{role, content}}{nearest_form(dict(values))}"
 

@@ -32,7 +32,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.memory import file_facts, files_of
+from data.memory import file_facts, folder_files
 from data.messages import TASKS, Row, RowError, Summary, count_rows
 from data.mixture_spec import MixtureSpec, Source, load_mixture
 from data.notices import Notices, sentences
@@ -123,7 +123,7 @@ def check_dataset(
             _log_once(folder, notices)
     for file, row_format, root in ways:
         out = frozenset(left_out.of(file))
-        facts = tuple((inside, *file_facts(inside)) for inside in files_of(file))
+        facts = tuple((inside, *file_facts(inside)) for inside in folder_files(file))
         read = (file, hash(facts), row_format, root, out)
         if read not in _counted or not _counted[read].is_good(max_bad_fraction):
             _counted[read] = count_rows(file, "exists", row_format, out, root)

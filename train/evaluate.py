@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data.messages import Row, read_rows
 from nexus_gen.commands import add_model_arguments
@@ -87,7 +87,8 @@ def rows_file(arguments: argparse.Namespace) -> Path:
         raise UserError(f"{arguments.run} is not a run directory; finished runs are under runs/")
     if not (arguments.run / "pretrain" / "config.yaml").is_file():
         raise UserError(f"{arguments.run} has not begun stage=pretrain; finish it, or give --rows")
-    heldout = load_config(arguments.run / "pretrain").inputs()["data.heldout"]
+    config: Any = load_config(arguments.run / "pretrain")
+    heldout = Path(config.data.heldout)
     path = heldout if arguments.split == "heldout" else heldout.with_name(f"{arguments.split}.jsonl")
     if not path.is_file():
         raise UserError(
@@ -96,11 +97,20 @@ def rows_file(arguments: argparse.Namespace) -> Path:
     return path
 
 
-def read_tasks(path: Path, num: int | None) -> dict[str, list[Row]]:
-    """The first `num` rows of each task that has ground truth; UserError when there are none."""
+def picture_root(arguments: argparse.Namespace) -> Path | None:
+    """What the pictures of a run's own rows are relative to, where its config says so."""
+    config: Any = None if arguments.rows is not None else load_config(arguments.run / "pretrain")
+    return Path(config.data.picture_root) if config is not None and config.data.picture_root else None
+
+
+def read_tasks(path: Path, num: int | None, root: Path | None = None) -> dict[str, list[Row]]:
+    """The first `num` rows of each task that has ground truth; UserError when there are none.
+
+    root: what their pictures are relative to, the file unless given.
+    """
     tasks: dict[str, list[Row]] = {}
     left_out, ids = 0, set()
-    for row in read_rows(path):
+    for row in read_rows(path, picture_root=root):
         require_truth(row)
         if row.id in ids:
             raise UserError(f"{row.where}: the id {row.id} is there twice; give every row its own")
@@ -268,7 +278,7 @@ def main(argv: list[str]) -> int:
     if arguments.num_shown < 0:
         raise UserError(f"--num-shown is {arguments.num_shown}; it must be 0 or more")
     rows = rows_file(arguments)
-    tasks = read_tasks(rows, arguments.num)
+    tasks = read_tasks(rows, arguments.num, picture_root(arguments))
     wanted = phases(tasks, arguments)
     if not wanted:
         raise UserError(f"{rows} holds no rows of {', '.join(arguments.tasks)}; give other --tasks or --rows")
