@@ -1,5 +1,6 @@
 """Which files a dataset's path stands for: a file, a pattern, or a folder of files or of pictures. No torch here."""
 
+import fnmatch
 import glob
 import os
 import re
@@ -40,7 +41,7 @@ def dataset_files(path: str | os.PathLike[str]) -> DatasetFiles:
     Raises UserError for a pattern without files, and for a folder that may be read in more than one way.
     """
     if is_pattern(path):
-        matches = [Path(match) for match in sorted(glob.glob(os.fspath(path), recursive=True))]
+        matches = files_of(Path(), os.fspath(path))
         if not matches:
             raise UserError(f"no file is called {path}; check the path")
     elif "{" in os.fspath(path) and not os.path.exists(path):
@@ -54,6 +55,33 @@ def dataset_files(path: str | os.PathLike[str]) -> DatasetFiles:
         files += found.files
         notices |= found.notices
     return DatasetFiles(tuple(dict.fromkeys(files)), notices)
+
+
+def files_of(base: Path, pattern: str) -> list[Path]:
+    """The files and folders that a path or a pattern stands for, sorted by name; relative ones begin in `base`.
+
+    A part of it that a file or folder is called is that one: `[y]` is the folder [y] where there is one. `**` is any
+    number of folders.
+    """
+    found = [base]
+    for part in Path(os.path.expanduser(pattern)).parts:
+        found = [path for place in found for path in _called(part, place)]
+    return sorted(dict.fromkeys(found))
+
+
+def _called(part: str, place: Path) -> list[Path]:
+    """What one part of a pattern stands for in a folder."""
+    if part == "**":
+        return [place / name for name in glob.glob("**/", root_dir=place, recursive=True)] + [place]
+    literal = place / part
+    is_pattern = glob.has_magic(part)
+    if not is_pattern or not fnmatch.fnmatchcase(part, part):  # else a pattern finds what is called like itself
+        if os.path.lexists(literal):
+            return [literal]
+        if not is_pattern:
+            return []
+    names = glob.glob(part, root_dir=place) or glob.glob(part.replace("[", "[[]"), root_dir=place)
+    return [place / name for name in names]
 
 
 def _of_folder(folder: Path) -> DatasetFiles:

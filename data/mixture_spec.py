@@ -3,7 +3,6 @@
 The keys are those of `data.mixture`.
 """
 
-import glob
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -13,7 +12,7 @@ from typing import Any
 import yaml
 
 from data.converters import AUTO, CONVERTERS
-from data.dataset_files import dataset_files
+from data.dataset_files import dataset_files, files_of
 from data.messages import TASKS, Row, parse_record
 from data.notices import Notices
 from data.records import Record, Records, open_records
@@ -147,11 +146,10 @@ def _source(entry: Any, where: str, path: Path, picture_root: str) -> Source:
         raise UserError(f"{where}: system is {source.system!r}; give a text")
     if not isinstance(source.picture_root, str):
         raise UserError(f"{where}: picture_root is {source.picture_root!r}; give a directory")
-    root = str(path.parent / source.picture_root) if source.picture_root else picture_root
+    root = str(path.parent / os.path.expanduser(source.picture_root)) if source.picture_root else picture_root
     if not os.path.isdir(root or os.curdir):
         raise UserError(f"{where}: picture_root {root} is no directory; it is relative to {path.parent}")
-    pattern = os.path.join(glob.escape(str(path.parent)), source.path)
-    matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
+    matches = files_of(path.parent, source.path)
     if not matches:
         raise UserError(f"{where}: no file is called {source.path}; paths are relative to {path.parent}")
     found = [dataset_files(match) for match in matches]

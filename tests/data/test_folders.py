@@ -350,6 +350,21 @@ def test_folders_and_patterns_are_sources_of_a_mixture(tmp_path: Path) -> None:
     }
 
 
+def test_names_with_characters_of_patterns_are_names_first(tmp_path: Path) -> None:
+    for folder in ("[y]", "y", "in/[y]"):
+        fill(tmp_path / folder, a_jpg=jpeg(), rows_jsonl='{"image": "a.jpg", "text": "a cat"}')
+    for pattern, found in (
+        ("[y]/*.jsonl", ["[y]"]),
+        ("[xy]/*.jsonl", ["y"]),
+        ("*/rows.jsonl", ["[y]", "y"]),
+        ("**/[y]/rows.jsonl", ["[y]", "in/[y]"]),
+    ):
+        files = tuple(tmp_path / folder / "rows.jsonl" for folder in found)
+        assert dataset_files(tmp_path / pattern).files == files
+        mixture = fill(tmp_path, mix_yaml=f"sources:\n  - path: '{pattern}'\n") / "mix.yaml"
+        assert load_mixture(mixture).sources[0].files == files
+
+
 def test_notices_are_shown_and_fail_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = photos(tmp_path)
     (folder / ".DS_Store").write_bytes(b"")
