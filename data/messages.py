@@ -198,8 +198,8 @@ def _entries(directory: str) -> set[str]:
         return set()
 
 
-# What rows of any format have, and what pictures and words are lost with when it is misspelt.
-ROW_KEYS = sorted({*KEYS, "image", "conversations", "captions", "system", *chain(*KEYS_OF.values())})
+# What holds the pictures and words of a row in any format.
+ROW_KEYS = sorted({"messages", "conversations", "images", "captions", "text", *chain(*KEYS_OF.values())})
 NEEDED = ("image", "images", "messages")
 
 
@@ -221,8 +221,10 @@ def _is_slip(key: str, known: str) -> bool:
 
 def _without_messages(values: Mapping[str, Any]) -> str:
     """What to say of a row that is in no format: a key that may be misspelt, or the nearest format."""
-    for key in values.keys() - set(ROW_KEYS):
-        if likely := next(iter(difflib.get_close_matches(key.lower(), ROW_KEYS, n=1, cutoff=0.75)), None):
+    lacking = [key for key in ROW_KEYS if key not in values]
+    for key in values:
+        likely = next(iter(difflib.get_close_matches(key.lower(), lacking, n=1, cutoff=0.75)), None)
+        if likely and key not in ROW_KEYS:
             return f"unknown key {brief(key)}; did you mean '{likely}'?"
     return f"no messages; give a list of {{role, content}}{nearest_form(dict(values))}"
 
@@ -255,7 +257,7 @@ def parse_record(record: Record, row_format: str = AUTO) -> Row:
         raise refuse(error.kind, str(error)) from error
     unknown = values.keys() - KEYS
     if unknown:
-        for key in unknown:
+        for key in sorted(unknown):
             meant = _meant(key)
             found = "messages" in values if meant == "messages" else "images" in values or bool(record.members)
             if meant and not found:
