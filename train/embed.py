@@ -58,7 +58,7 @@ from train.stage import Stage
 log = logging.getLogger(__name__)
 
 # Part of every address. Raise it when a change of the code changes what is stored for the same pictures and weights.
-EMBEDDING_CODE = 1
+EMBEDDING_CODE = 2  # 2: pictures are converted to sRGB by their profile
 LENGTH_STEP = 64  # conversations are padded to multiples of it and share a batch with those of their own length only
 QUARANTINE = "quarantine.jsonl"
 LOG_INTERVAL_S = 30  # between lines of progress where no terminal draws over the last one

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
+from nexus_gen.specs.colour import scale_transparent_colour, to_rgb
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import MERGE_SIZE, RELEASED_TARGET_TOKENS, target_grids
 
@@ -71,21 +72,28 @@ def read_image_bytes(source: StoredImage) -> bytes:
 
 
 def open_image(source: str | os.PathLike[str] | EncodedImage | ImageMember) -> Image.Image:
-    """An RGB picture: EXIF rotation applied, transparency over white, 16 bits scaled, the first frame of an animation.
+    """A picture in sRGB as it is meant to be seen: turned as its EXIF, XMP or TIFF tag says, in the colours of its
+    profile, over white where it is transparent, 16 bits scaled to 8, the first frame of an animation.
 
     Raises UserError naming the file when it is missing, no picture, cut short, or a decompression bomb.
     """
     with _opened(source) as image:
         image.seek(0)
+        scale_transparent_colour(image)
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image), f"picture {source}")
 
 
 def open_size(source: str | os.PathLike[str] | EncodedImage | ImageMember) -> tuple[int, int]:
-    """(width, height) that `open_image` would give, read from the header alone; UserError as there."""
+    """(width, height) that `open_image` would give, read from the header where that is sure; UserError as there."""
     with _opened(source) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return (image.height, image.width) if turned else image.size
+        if image.format == "ICO":  # its directory may be wrong about the picture, which alone counts
+            image.load()
+        width, height = image.size
+        if isinstance(image, TiffImagePlugin.TiffImageFile):  # PIL has turned the size by its tag, but not by its XMP
+            width, height = (image.tag_v2[tag] for tag in (TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH))
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return (height, width) if turned else (width, height)
 
 
 @contextmanager
@@ -134,28 +142,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return f"it is none of {', '.join(_formats())}"
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB; transparent parts show white. Raises ValueError for floating-point pixels: none is white."""
-    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
-        values = np.asarray(image, dtype=np.float32) / 65535
-        return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed white; save it with 8 or 16 bits")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    if image.mode == "CMYK" and (profile := image.info.get("icc_profile")):
-        try:  # inks look as their profile says; without one PIL's plain formula has to do
-            printed = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(image, printed, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError):
-            return image.convert("RGB")
-        assert converted is not None  # only in-place conversion returns nothing
-        return converted
-    return image.convert("RGB")
 
 
 def cover_crop(image: Image.Image, size: int) -> Image.Image:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image
 
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import target_grids, tokens_per_side
@@ -39,15 +39,6 @@ def test_transparency_shows_white_and_orientation_is_applied(tmp_path: Path) -> 
     Image.new("RGB", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)
     assert open_image(tmp_path / "turned.jpg").size == open_size(tmp_path / "turned.jpg") == (4, 6)
     assert open_size(tmp_path / "clear.png") == (4, 4)
-
-
-def test_inks_look_as_their_profile_says_or_plainly_where_it_is_wrong(tmp_path: Path) -> None:
-    inks = Image.new("CMYK", (4, 4), (255, 0, 0, 0))
-    plain = inks.convert("RGB").getpixel((0, 0))
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()  # for three channels, not for inks
-    for number, profile in enumerate((b"noise", srgb)):
-        inks.save(tmp_path / f"{number}.tiff", icc_profile=profile)
-        assert open_image(tmp_path / f"{number}.tiff").getpixel((0, 0)) == plain
 
 
 def test_sixteen_bits_and_masks_keep_their_greys(tmp_path: Path) -> None:
