@@ -73,6 +73,19 @@ def test_colours_are_those_of_the_profile(colorants: list[list[float]], gamma: f
     assert not opened.info, "a copy that is saved would say that its pixels are still in the old profile"
 
 
+def test_a_camera_names_adobe_rgb_in_its_exif() -> None:
+    image = Image.new("RGB", (8, 8), COLOUR)
+    for index, expected in (("R03", seen(COLOUR, 2.19921875, ADOBE)), ("R98", COLOUR)):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        exif[0x8769] = {0xA001: 65535, 0xA005: {1: index}}
+        for image_format, options in (("JPEG", {"quality": 100}), ("PNG", {}), ("WEBP", {"lossless": True})):
+            assert near(stored(image, b"", image_format, exif=exif, **options), expected), (index, image_format)
+    exif[0x8769] = {0xA005: {1: "R03"}}
+    p3 = stored(image, profile(2.2, P3), exif=exif)
+    assert near(p3, seen(COLOUR, 2.2, P3))  # a profile counts more
+
+
 def test_alpha_palettes_and_greys_follow_their_profile_before_white_shows_through() -> None:
     icc, expected = profile(2.19921875, ADOBE), seen(COLOUR, 2.19921875, ADOBE)
     half = Image.new("RGBA", (8, 8), (*COLOUR, 128))
