@@ -3,19 +3,27 @@
 nexus-gen understand --input-image photo.png --prompt "How many shapes are there?"
 nexus-gen generate --prompt "a red circle on a white background" --result-path circle.png
 nexus-gen edit --input-image photo.png --instruction "make the circle blue" --result-path blue.png
+
+Several --input-image fill the model's `<image>` tags in order; `edit` repaints the last one. What is resized to what is
+said on stderr.
 """
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.framing import ASPECTS, SIZES, Frame, beyond_training, seen_sentence
+from nexus_gen.specs.images import open_size
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run
 from nexus_gen.specs.prompts import LANGUAGES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from nexus_gen.inference import NexusGen
 
 MAX_SEED = 2**63 - 1  # that torch's generators take
 
@@ -40,7 +48,7 @@ def parser(command: str) -> argparse.ArgumentParser:
     models = add_model_arguments(result, paints=command != "understand")
     models.add_argument("--run", type=Path, default=default_run(), help="run directory (default: %(default)s)")
     if command == "understand":
-        result.add_argument("--input-image", type=Path, required=True)
+        add_input_images(result, "picture to ask about; several in order, one option each")
         result.add_argument("--prompt", required=True, help="the question")
         result.add_argument("--max-new-tokens", type=int, default=256)
         return result
@@ -49,7 +57,7 @@ def parser(command: str) -> argparse.ArgumentParser:
         result.add_argument("--prompt", required=True, help="what to paint")
         result.add_argument("--result-path", type=Path, default=Path("generation.png"))
     else:
-        result.add_argument("--input-image", type=Path, required=True)
+        add_input_images(result, "picture to edit; of several, one option each, the last one is edited")
         result.add_argument("--instruction", required=True, help="what to change")
         result.add_argument("--result-path", type=Path, default=Path("editing.png"))
         result.add_argument(
@@ -57,10 +65,22 @@ def parser(command: str) -> argparse.ArgumentParser:
             action="store_true",
             help="paint from the target embeddings alone, without the source's",
         )
+        result.add_argument(
+            "--aspect",
+            choices=ASPECTS,
+            help="how a picture that is not square is edited: stretch paints a square and stretches it back; pad and "
+            "crop edit the padded picture or its middle; native paints its own aspect; square leaves the square "
+            "(default: as the decoder was trained)",
+        )
+        result.add_argument(
+            "--size",
+            choices=SIZES,
+            help="of the result: as many pixels as the decoder was trained at, or the input's (default: decoder)",
+        )
     result.add_argument("--seed", type=int, default=42, help="of the noise (default: %(default)s)")
     result.add_argument("--language", choices=LANGUAGES, default="en", help="language of the words around the prompt")
-    result.add_argument("--width", type=int, help="pixels (default: the size the decoder was trained at)")
-    result.add_argument("--height", type=int, help="pixels")
+    result.add_argument("--width", type=int, help="pixels to paint (default: the size the decoder was trained at)")
+    result.add_argument("--height", type=int, help="pixels to paint")
     result.add_argument("--num-inference-steps", type=int, help="Euler steps (default: the decoder's)")
     result.add_argument(
         "--cfg-scale", type=float, help="classifier-free guidance; 1 switches it off (default: the decoder's)"
@@ -70,11 +90,16 @@ def parser(command: str) -> argparse.ArgumentParser:
     return result
 
 
+def add_input_images(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument("--input-image", type=Path, required=True, action="append", metavar="PATH", help=help_text)
+
+
 def check(command: str, arguments: argparse.Namespace) -> ModelPaths:
     """Everything that can be wrong before weights are read."""
-    image = getattr(arguments, "input_image", None)
-    if image is not None and not image.is_file():
-        raise UserError(f"--input-image {image} does not exist; check the path")
+    for image in getattr(arguments, "input_image", ()):
+        if not image.is_file():
+            raise UserError(f"--input-image {image} does not exist; check the path")
+        open_size(image)
     for name in ("width", "height", "num_inference_steps", "max_new_tokens"):
         value = getattr(arguments, name, None)
         if value is not None and value <= 0:
@@ -88,13 +113,43 @@ def check(command: str, arguments: argparse.Namespace) -> ModelPaths:
     if command != "understand":
         generation = command == "generate" or arguments.use_generation_decoder
         decoder = DECODER_KINDS[0] if generation else DECODER_KINDS[1]
-    return ModelPaths.find(
+    paths = ModelPaths.find(
         arguments.run,
         decoder=decoder,
         autoregressive=arguments.autoregressive,
         decoder_path=getattr(arguments, "decoder", None),
         flux=getattr(arguments, "flux", None),
     )
+    if paths.details is not None:
+        frame_of(arguments, paths)
+    return paths
+
+
+def frame_of(arguments: argparse.Namespace, paths: ModelPaths) -> Frame:
+    """The sizes of what is painted; UserError for impossible ones."""
+    assert paths.details is not None
+    side = paths.details["image_size"]
+    edits = hasattr(arguments, "input_image")
+    source = open_size(arguments.input_image[-1]) if edits else (arguments.width or side, arguments.height or side)
+    shape = {name: getattr(arguments, name, None) for name in ("aspect", "size", "width", "height")}
+    return Frame.of(source, paths.details, **shape)
+
+
+def resizing(arguments: argparse.Namespace, model: "NexusGen") -> list[str]:
+    """A line for each picture that is not seen, painted and returned in the size that it has."""
+    images, paths = getattr(arguments, "input_image", []), model.paths
+    sizes = [open_size(image) for image in images]
+    frame = None if paths.details is None else frame_of(arguments, paths)
+    shown = [*sizes[:-1], frame.shown] if frame is not None and images else sizes
+    lines = []
+    for number, looked_at in enumerate(model.seen_sizes(shown, edits=frame is not None) if images else (), start=1):
+        edited = frame if number == len(images) else None
+        line = edited.sentence("en", looked_at) if edited else seen_sentence("en", sizes[number - 1], looked_at)
+        if line:
+            lines.append(f"{images[number - 1]}: {line}")
+    if frame is not None and paths.details is not None:
+        lines += filter(None, [beyond_training(paths.details, frame.painted)])
+    return lines
 
 
 def save_atomic(image: "Image", path: Path) -> None:
@@ -112,6 +167,8 @@ def main(argv: list[str]) -> int:
     from nexus_gen.inference import NexusGen  # loads torch: only once the arguments hold
 
     model = NexusGen(paths, device=arguments.device)
+    for line in resizing(arguments, model):
+        print(line, file=sys.stderr)
     if command == "understand":
         print(model.understand(arguments.input_image, arguments.prompt, arguments.max_new_tokens))
         return 0
@@ -128,7 +185,8 @@ def main(argv: list[str]) -> int:
     if command == "generate":
         image = model.generate(arguments.prompt, **sampling)
     else:
-        image = model.edit(arguments.input_image, arguments.instruction, **sampling)
+        shape = {"aspect": arguments.aspect, "size": arguments.size}
+        image = model.edit(arguments.input_image, arguments.instruction, **shape, **sampling)
     save_atomic(image, arguments.result_path)
     print(arguments.result_path)
     return 0

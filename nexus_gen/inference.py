@@ -20,8 +20,16 @@ from nexus_gen.conversation import collate, encode, patches
 from nexus_gen.decoders import EditingDecoder, GenerationDecoder, build_editing_decoder, build_generation_decoder
 from nexus_gen.flow_match import euler_sample
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import REFERENCE_GRID, FluxGeometry, ProjectorGeometry, VaeGeometry, patches_per_side
-from nexus_gen.specs.images import StoredImage, open_image, squash
+from nexus_gen.specs.framing import Frame, require_paintable
+from nexus_gen.specs.geometry import (
+    REFERENCE_GRID,
+    RELEASED_TARGET_TOKENS,
+    FluxGeometry,
+    ProjectorGeometry,
+    VaeGeometry,
+    patches_per_side,
+)
+from nexus_gen.specs.images import PictureSizing, StoredImage, open_image, squash
 from nexus_gen.specs.models import ModelPaths
 from nexus_gen.specs.prompts import (
     CONTROL_TOKENS,
@@ -31,6 +39,7 @@ from nexus_gen.specs.prompts import (
     GENERATION_REPLY,
     IMAGE_TAG,
     UNDERSTANDING_PROMPT,
+    with_pictures,
 )
 from nexus_gen.text_encoders import encode_pooled, encode_prompt
 from nexus_gen.vae import FluxVae
@@ -101,10 +110,15 @@ class NexusGen:
         return encode_pooled(self.paths.flux, "", self.dtype, self.device)
 
     def understand(
-        self, image: Picture, question: str, max_new_tokens: int = 256, progress: Progress | None = None
+        self,
+        image: Picture | Sequence[Picture],
+        question: str,
+        max_new_tokens: int = 256,
+        progress: Progress | None = None,
     ) -> str:
-        """Answer a question about a picture."""
-        return self.answer(UNDERSTANDING_PROMPT.format(question), [image], max_new_tokens, progress)
+        """Answer a question about a picture, or about several in order."""
+        images = in_order(image)
+        return self.answer(with_pictures(UNDERSTANDING_PROMPT, question, len(images)), images, max_new_tokens, progress)
 
     def answer(
         self, content: str, images: list[Picture], max_new_tokens: int = 256, progress: Progress | None = None
@@ -158,11 +172,82 @@ class NexusGen:
         content = GENERATION_PROMPT[language].format(prompt)
         return self.paint(self.imagine(content, GENERATION_REPLY[language], []), **sampling)[0]
 
-    def edit(self, image: Picture, instruction: str, language: str = "en", **sampling: Any) -> Image.Image:
-        """Repaint a picture; a generation decoder sees the imagined result only, an editing decoder the source too."""
-        target_embeds = self.imagine(EDITING_PROMPT.format(instruction), EDITING_REPLY[language], [image])
-        reference = self.source_embeds(image) if self.sees_source else None
-        return self.paint(target_embeds, reference, **sampling)[0]
+    def edit(
+        self, image: Picture | Sequence[Picture], instruction: str, language: str = "en", **options: Any
+    ) -> Image.Image:
+        """Repaint a picture; options as of `edit_all`. Of several pictures in order the last one is repainted."""
+        images = in_order(image)
+        content = with_pictures(EDITING_PROMPT, instruction, len(images))
+        return self.edit_all([content], [EDITING_REPLY[language]], [images], **options)[0]
+
+    def edit_all(
+        self,
+        contents: list[str],
+        replies: list[str],
+        images: Sequence[Sequence[Picture]],
+        *,
+        aspect: str | None = None,
+        size: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        **sampling: Any,
+    ) -> list[Image.Image]:
+        """Repaint the last of each row's pictures, as one batch; results keep its aspect unless told otherwise.
+
+        contents, replies: as of `imagine_all`. aspect, size, width, height: as of `Frame.of`. sampling: as of `paint`.
+        """
+        opened = [[as_image(picture) for picture in of_row] for of_row in images]
+        sources = [of_row[-1] for of_row in opened]
+        shape: dict[str, Any] = {"aspect": aspect, "size": size, "width": width, "height": height}
+        frames = [Frame.of(source.size, self.details, **shape) for source in sources]
+        shown: list[list[Picture]] = [
+            [*of_row[:-1], frame.fit(of_row[-1])] for frame, of_row in zip(frames, opened, strict=True)
+        ]
+        return self.repaint(self.imagine_all(contents, replies, shown), frames, sources, **sampling)
+
+    def seen_sizes(self, sizes: Sequence[tuple[int, int]], edits: bool = False) -> list[tuple[int, int]]:
+        """In which size the language model looks at the pictures of a question, or of an edit."""
+        tokens = (self.paths.details or {}).get("num_target_tokens", RELEASED_TARGET_TOKENS)
+        sizing = PictureSizing(
+            self.processor.image_processor.patch_size,
+            self.paths.max_pixels,
+            consistent_edit_scale=edits and self.paths.consistent_edit_scale,
+            num_target_tokens=tokens,
+        )
+        try:
+            return sizing.sizes(sizes, [False] * len(sizes), sizing.target_size((1, 1)))
+        except ValueError as error:  # of a picture that is too long and narrow
+            raise UserError(str(error)) from error
+
+    def repaint(
+        self,
+        target_embeds: Tensor,
+        frames: Sequence[Frame],
+        sources: Sequence[Image.Image],
+        *,
+        seed: int | Sequence[int] = 42,
+        **sampling: Any,
+    ) -> list[Image.Image]:
+        """Paint B edits from the embeddings of their results, (B, N, D), and put them back into their frames.
+
+        A generation decoder sees those alone, an editing decoder the sources too. sampling: as of `paint`.
+        """
+        shown = [frame.fit(source) for frame, source in zip(frames, sources, strict=True)]
+        reference = self.source_embeds(*shown) if self.sees_source else None
+        results: dict[int, Image.Image] = {}
+        for painted in dict.fromkeys(frame.painted for frame in frames):  # a batch has one size
+            rows = [row for row, frame in enumerate(frames) if frame.painted == painted]
+            pictures = self.paint(
+                target_embeds[rows],
+                None if reference is None else reference[rows],
+                width=painted[0],
+                height=painted[1],
+                seed=seed if isinstance(seed, int) else [seed[row] for row in rows],
+                **sampling,
+            )
+            for row, picture in zip(rows, pictures, strict=True):
+                results[row] = frames[row].put_back(picture, sources[row])
+        return [results[row] for row in range(len(frames))]
 
     @torch.inference_mode()
     def paint(
@@ -188,10 +273,8 @@ class NexusGen:
         defaults = self.details["sampling"]
         cfg_scale = defaults["cfg_scale"] if cfg_scale is None else cfg_scale
         width, height = width or self.details["image_size"], height or self.details["image_size"]
+        require_paintable(self.details, width, height)
         vae_geometry = VaeGeometry(**self.details["vae"])
-        unit = vae_geometry.downscale * self.details["transformer"]["patch_size"]
-        if width % unit or height % unit:
-            raise UserError(f"--width {width} and --height {height} must be multiples of {unit}")
         shape = (vae_geometry.latent_channels, height // vae_geometry.downscale, width // vae_geometry.downscale)
         if isinstance(seed, int):
             noise = torch.randn(len(target_embeds), *shape, generator=torch.Generator().manual_seed(seed))
@@ -256,6 +339,10 @@ class NexusGen:
         batch = collate(rows, self.processor.tokenizer.pad_token_id)
         del batch["labels"]
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+
+def in_order(pictures: Picture | Sequence[Picture]) -> list[Picture]:
+    return list(pictures) if isinstance(pictures, list | tuple) else [pictures]  # type: ignore[list-item]
 
 
 def as_image(picture: Picture) -> Image.Image:

@@ -165,11 +165,19 @@ def test_pictures_of_odd_sizes_are_edited_by_either_decoder(tiny_run: Path, tmp_
     source = tmp_path / "source.png"
     Image.linear_gradient("L").resize((51, 37)).convert("RGBA").save(source)
     edit = ["edit", "--run", tiny_run, "--input-image", source, "--instruction", "make it blue", "--result-path"]
-    succeed(*edit, tmp_path / "editing.png")
+    said = succeed(*edit, tmp_path / "editing.png")
     succeed(*edit, tmp_path / "generation.png", "--use-generation-decoder")
     editing, generation = picture(tmp_path / "editing.png"), picture(tmp_path / "generation.png")
-    assert editing.size == generation.size == (64, 64)
+    assert editing.size == generation.size == (76, 55)  # the aspect of 51 x 37 in about 64 * 64 pixels
     assert editing.tobytes() != generation.tobytes()
+    assert (
+        f"{source}: 51 x 37 is squashed and seen at " in said and "painted at 64 x 64 and stretched to 76 x 55" in said
+    )
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (90, 40)).save(wide)
+    said = succeed(*edit, tmp_path / "two.png", "--input-image", wide, "--size", "input", "--aspect", "pad")
+    assert picture(tmp_path / "two.png").size == (90, 40)  # the last picture is the one that is edited
+    assert f"{source}: 51 x 37 is seen at " in said and f"{wide}: 90 x 40 is padded to a square" in said
 
 
 def test_pictures_of_fewer_tokens_are_learned_and_edited(tiny_run: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,6 +33,8 @@ from train.outcomes import prompt_of, require_truth
 from train.scoring import Metadata, geneval_metadata
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from nexus_gen.inference import NexusGen
 
 # operation of an edit of ours -> ImgEdit's type
@@ -52,7 +54,7 @@ def parser(command: str) -> argparse.ArgumentParser:
         prog=f"nexus-gen evaluate {command}",
         description={
             "geneval": "Paint prompts into OUTPUT/00000/samples/0000.png with OUTPUT/00000/metadata.jsonl beside it.",
-            "imgedit": "Edit pictures into OUTPUT/KEY.png.",
+            "imgedit": "Edit pictures into OUTPUT/KEY.png, in the aspect that they have.",
         }[command],
     )
     result.add_argument("run", type=Path, help="run directory, such as runs/tiny")
@@ -144,12 +146,13 @@ def read_edits(path: Path, images: Path) -> list[Edit]:
 
 def source_file(row: Row) -> Path:
     """The picture that a row edits; UserError when it is none that ImgEdit's scripts could read."""
-    if not isinstance(row.images[0], Path):
+    source = row.images[-2]
+    if not isinstance(source, Path):
         raise UserError(
             f"{row.where}: its pictures are inside the row, and ImgEdit's scripts read files; give rows that name "
             "files, as `nexus-gen data shapes` draws them"
         )
-    return row.images[0]
+    return source
 
 
 def batches(items: list[Item], size: int, name: str) -> Iterator[list[Item]]:
@@ -195,7 +198,7 @@ def paint_prompts(model: "NexusGen", todo: list[tuple[str, Path]], arguments: ar
             [[] for _ in asked],
         )
         rows = [asked.index(prompt) for prompt, _ in batch]
-        paint(model, [path for _, path in batch], arguments, embeds[rows])
+        save(model.paint(embeds[rows], **sampling([path for _, path in batch], arguments)), batch)
     return len(todo)
 
 
@@ -219,28 +222,27 @@ def prepare_edits(arguments: argparse.Namespace) -> "Callable[[NexusGen], int]":
 def paint_edits(model: "NexusGen", todo: list[tuple[Edit, Path]], arguments: argparse.Namespace) -> int:
     """Paint (edit, path) pairs."""
     for batch in batches(todo, arguments.batch_size, "imgedit"):
-        sources = [edit.image for edit, _ in batch]
-        embeds = [
-            model.imagine_all(
-                [EDITING_PROMPT.format(edit.prompt) for edit, _ in batch],
-                [EDITING_REPLY[language_of(edit.prompt)] for edit, _ in batch],
-                [[source] for source in sources],
-            )
-        ]
-        if model.sees_source:
-            embeds.append(model.source_embeds(*sources))
-        paint(model, [path for _, path in batch], arguments, *embeds)
+        pictures = model.edit_all(
+            [EDITING_PROMPT.format(edit.prompt) for edit, _ in batch],
+            [EDITING_REPLY[language_of(edit.prompt)] for edit, _ in batch],
+            [[edit.image] for edit, _ in batch],
+            **sampling([path for _, path in batch], arguments),
+        )
+        save(pictures, batch)
     return len(todo)
 
 
-def paint(model: "NexusGen", paths: list[Path], arguments: argparse.Namespace, *embeds: Any) -> None:
-    pictures = model.paint(
-        *embeds,
-        num_inference_steps=arguments.num_inference_steps,
-        cfg_scale=arguments.cfg_scale,
-        seed=[noise_seed(arguments.seed, str(path.relative_to(arguments.output))) for path in paths],
-    )
-    for picture, path in zip(pictures, paths, strict=True):
+def sampling(paths: list[Path], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options of `NexusGen.paint`, with noise of its own for every picture."""
+    return {
+        "num_inference_steps": arguments.num_inference_steps,
+        "cfg_scale": arguments.cfg_scale,
+        "seed": [noise_seed(arguments.seed, str(path.relative_to(arguments.output))) for path in paths],
+    }
+
+
+def save(pictures: "list[Image]", batch: Sequence[tuple[Any, Path]]) -> None:
+    for picture, (_, path) in zip(pictures, batch, strict=True):
         save_atomic(picture, path)
 
 

@@ -216,6 +216,9 @@ class DecoderStage(Stage[DecoderConfig]):
             details["projector"] = dataclasses.asdict(projector_geometry(config.model.qwen))
             details["round_positions"] = config.objective.round_positions
             details["reference"] = config.objective.reference
+            made = Manifest.load(Path(config.shards)).details.get("recipe", {})
+            # How its results became square: what is not square is edited likewise.
+            details["aspect"] = "crop" if made.get("pixels") == "crop" else "stretch"
         return details
 
 

@@ -18,6 +18,8 @@ from data.messages import Row, read_rows
 from nexus_gen.commands import add_model_arguments
 from nexus_gen.specs.artifact import Manifest, building, seal, write_text_atomic
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.framing import Frame
+from nexus_gen.specs.images import open_image
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, flag_of, results_of
 from train.benchmarks import batches, noise_seed
 from train.evaluation_page import render, table
@@ -36,7 +38,6 @@ from train.schemas.run_directory import code_version, load_config
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
     from nexus_gen.inference import NexusGen
 
@@ -206,17 +207,16 @@ class Phase:
 def phases(tasks: dict[str, list[Row]], arguments: argparse.Namespace) -> list[Phase]:
     """What the arguments ask for, in an order that loads each decoder once."""
 
-    def paint(model: "NexusGen", rows: list[Row], *embeds: "Tensor") -> "list[Image]":
-        return model.paint(
-            *embeds,
-            num_inference_steps=arguments.num_inference_steps,
-            cfg_scale=arguments.cfg_scale,
-            seed=[noise_seed(arguments.seed, row.id) for row in rows],
-        )
+    def sampling(rows: list[Row]) -> dict[str, Any]:
+        return {
+            "num_inference_steps": arguments.num_inference_steps,
+            "cfg_scale": arguments.cfg_scale,
+            "seed": [noise_seed(arguments.seed, row.id) for row in rows],
+        }
 
-    def imagine(model: "NexusGen", rows: list[Row]) -> "Tensor":
+    def turns(rows: list[Row]) -> tuple[list[str], list[str]]:
         users, replies = ([row.messages[turn]["content"] for row in rows] for turn in (0, 1))
-        return model.imagine_all(users, replies, [list(row.images[:-1]) for row in rows])
+        return users, replies
 
     def understand(model: "NexusGen", rows: list[Row]) -> "list[tuple[Outcome, Image | None]]":
         users = [row.messages[0]["content"] for row in rows]
@@ -224,23 +224,24 @@ def phases(tasks: dict[str, list[Row]], arguments: argparse.Namespace) -> list[P
         return [(judge_answer(row, answer), None) for row, answer in zip(rows, answers, strict=True)]
 
     def generate(model: "NexusGen", rows: list[Row]) -> "list[tuple[Outcome, Image | None]]":
-        pictures = paint(model, rows, imagine(model, rows))
+        embeds = model.imagine_all(*turns(rows), [list(row.images[:-1]) for row in rows])
+        pictures = model.paint(embeds, **sampling(rows))
         return [(judge_generation(row, picture), picture) for row, picture in zip(rows, pictures, strict=True)]
 
     def edit(model: "NexusGen", rows: list[Row]) -> "list[tuple[Outcome, Image | None]]":
-        embeds = [imagine(model, rows)]
-        if model.sees_source:
-            embeds.append(model.source_embeds(*(row.images[0] for row in rows)))
-        pictures = paint(model, rows, *embeds)
+        pictures = model.edit_all(*turns(rows), [row.images[:-1] for row in rows], **sampling(rows))
         return [(judge_editing(row, picture), picture) for row, picture in zip(rows, pictures, strict=True)]
 
     def reconstruct(model: "NexusGen", rows: list[Row]) -> "list[tuple[Outcome, Image | None]]":
         kind = model.paths.decoder_kind
         assert kind is not None
-        embeds = [model.target_embeds(*(row.images[-1] for row in rows))]
-        if model.sees_source:
-            embeds.append(model.source_embeds(*(row.images[0] for row in rows)))
-        pictures = paint(model, rows, *embeds)
+        if kind == GENERATION_DECODER:
+            pictures = model.paint(model.target_embeds(*(row.images[-1] for row in rows)), **sampling(rows))
+        else:
+            targets, sources = ([open_image(row.images[place]) for row in rows] for place in (-1, -2))
+            frames = [Frame.of(source.size, model.details) for source in sources]
+            shown = [frame.fit(target) for frame, target in zip(frames, targets, strict=True)]
+            pictures = model.repaint(model.target_embeds(*shown), frames, sources, **sampling(rows))
         return [
             (judge_reconstruction(row, picture, kind), picture) for row, picture in zip(rows, pictures, strict=True)
         ]

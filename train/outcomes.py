@@ -103,7 +103,7 @@ def judge_reconstruction(row: Row, picture: Image.Image, decoder: str) -> Outcom
 
 def pixels_like(picture: Image.Image, truth: StoredImage) -> np.ndarray:
     """A picture of the dataset at the size of a made one, cut as decoders are trained: (H, W, 3) of 8 bits."""
-    return np.asarray(cover_crop(open_image(truth), picture.width))
+    return np.asarray(cover_crop(open_image(truth), *picture.size))
 
 
 def scores_of(outcomes: Sequence[Outcome]) -> dict[str, Score]:

@@ -11,6 +11,7 @@ from PIL import Image
 from data.messages import Row
 from nexus_gen.ar_checkpoint import load_autoregressive
 from nexus_gen.inference import NexusGen
+from nexus_gen.specs.framing import Frame
 from nexus_gen.specs.images import open_image
 from nexus_gen.specs.models import ModelPaths
 from train.decoder_stages import build_initial_decoder
@@ -130,20 +131,16 @@ def draw_samples(run: Path, rows: list[Row], num_samples: int, device: str, with
     for row in first_rows(rows, "editing", num_samples):
         user, reply = (message["content"] for message in row.messages)
         source, truth = (open_image(path) for path in row.images)
-        embeds = editor.imagine(user, reply, [source])
-        reference = editor.source_embeds(source) if editor.sees_source else None
-        before = None
-        if untrained_editor:
-            imagined = untrained_editor.imagine(user, reply, [source])
-            seen = untrained_editor.source_embeds(source) if untrained_editor.sees_source else None
-            before = untrained_editor.paint(imagined, seen)[0]
+        frame = Frame.of(source.size, editor.details)
+        embeds = editor.imagine(user, reply, [frame.fit(source)])
+        before = untrained_editor.edit_all([user], [reply], [[source]])[0] if untrained_editor else None
         editing.append(
             EditingSample(
                 instruction=prompt_of(row),
                 source=source,
                 before=before,
-                editing_decoder=editor.paint(embeds, reference)[0],
-                generation_decoder=trained.paint(embeds)[0],
+                editing_decoder=editor.repaint(embeds, [frame], [source])[0],
+                generation_decoder=trained.repaint(embeds, [frame], [source])[0],
                 truth=truth,
             )
         )

@@ -144,9 +144,12 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def cover_crop(image: Image.Image, size: int) -> Image.Image:
-    """Scale until the shorter side is `size` (bilinear), then cut the centre out: size x size, aspect kept."""
-    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+def cover_crop(image: Image.Image, width: int, height: int | None = None) -> Image.Image:
+    """Scale until the size is covered (bilinear), then cut the centre out: width x height, aspect kept.
+
+    height: the width unless given.
+    """
+    return ImageOps.fit(image, (width, height or width), Image.Resampling.BILINEAR)
 
 
 def squash(image: Image.Image, size: int) -> Image.Image:

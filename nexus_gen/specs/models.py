@@ -42,6 +42,7 @@ RELEASED: dict[str, dict[str, Any]] = {
         },
         "vae": {"channels": [128, 256, 512, 512], "num_res_blocks": 2, "norm_groups": 32, "latent_channels": 16},
         "image_size": 512,
+        "aspect": "native",  # they paint any multiple of 16 pixels
         "embed_dim": 3584,
         "round_positions": True,  # as the editing decoder was trained
         "sampling": {"num_inference_steps": 50, "cfg_scale": cfg_scale, "embedded_guidance": 3.5},
@@ -67,7 +68,7 @@ class ModelPaths:
 
     decoder_kind, decoder, flux: None for a command that paints nothing.
     details: the decoder's `transformer`, `vae`, `image_size`, `embed_dim`, `sampling` defaults and, unless that is 81,
-    `num_target_tokens`.
+    `num_target_tokens`. `aspect`: how it edits what is not square, one of `framing.ASPECTS`, the first unless given.
     """
 
     autoregressive: Path
