@@ -12,6 +12,7 @@ import gradio as gr
 
 from nexus_gen.served import ServedModels, ServedPaths, guided
 from nexus_gen.specs.examples import Example, examples_of
+from nexus_gen.specs.framing import ASPECTS
 from nexus_gen.specs.images import EncodedImage, open_image
 from nexus_gen.specs.models import DECODER_KINDS
 from nexus_gen.ui_about import about
@@ -56,7 +57,8 @@ class Page:
         with gr.Row(equal_height=True):
             name, device = self.served.run.name, self.models.reader.device.type
             title = {"value": lambda words: f"# nexus-gen\n{words.intro.format(name=name, device=device)}"}
-            self._add(gr.Markdown, title)
+            with gr.Column(min_width=280):  # on a phone, above the switch
+                self._add(gr.Markdown, title)
             choices = [(name, language) for name, language in SWITCH.items()]
             self.language = self._add(
                 gr.Radio, {"label": "language"}, choices=choices, value="en", scale=0, min_width=240
@@ -106,6 +108,7 @@ class Page:
         with gr.Row():
             with gr.Column():
                 picture = self._picture("picture", sources=SOURCES, height=320)
+                self._note(gr.Markdown(), self.tasks.looked_at, [picture])
                 question = self._add(gr.Textbox, {"label": "question"}, max_length=MAX_CHARACTERS)
                 ask, stop = self._buttons("ask")
             answer = self._add(gr.Textbox, {"label": "answer"}, lines=6, interactive=False)
@@ -132,6 +135,7 @@ class Page:
         with gr.Row():
             with gr.Column():
                 picture = self._picture("source", sources=SOURCES, height=320)
+                note = gr.Markdown()
                 instruction = self._add(gr.Textbox, {"label": "instruction"}, max_length=MAX_CHARACTERS)
                 decoder = self._add(
                     gr.Radio,
@@ -141,12 +145,25 @@ class Page:
                     },
                     value=kinds[0],
                 )
+                shape = self._add(
+                    gr.Dropdown,
+                    {
+                        "label": "shape",
+                        "choices": lambda words: [(getattr(words, aspect), aspect) for aspect in ASPECTS],
+                    },
+                    value=self._aspect(kinds[0]),
+                    filterable=False,
+                )
+                input_size = self._add(gr.Checkbox, {"label": "input_size"}, value=False)
                 sampling = self._sampling(kinds[0])
                 repaint, stop = self._buttons("repaint")
             result, buttons = self._result()
         self._examples("editing", INSTRUCTIONS, {"source": picture, "instruction": instruction})
         decoder.change(self._defaults, decoder, sampling[2:], queue=False, api_visibility="private")
-        triggers, inputs = [repaint.click, instruction.submit], [picture, instruction, decoder, *sampling]
+        decoder.change(self._aspect, decoder, shape, queue=False, api_visibility="private")
+        self._note(note, self.tasks.framed, [picture, decoder, shape, input_size])
+        triggers = [repaint.click, instruction.submit]
+        inputs = [picture, instruction, decoder, *sampling, shape, input_size]
         self._answer("edit", self.tasks.edit, triggers, inputs, [result, sampling[0]], stop)
         return picture, (result, buttons)
 
@@ -212,6 +229,16 @@ class Page:
         """Steps, classifier-free and distilled guidance as the decoder was meant to be sampled."""
         sampling = self.models.models[kind].details["sampling"]
         return [sampling[name] for name in ("num_inference_steps", "cfg_scale", "embedded_guidance")]
+
+    def _aspect(self, kind: str) -> str:
+        """How a decoder was trained to see what is not square."""
+        return self.models.models[kind].details.get("aspect", ASPECTS[0])
+
+    def _note(self, note: gr.Markdown, sentence: Callable[..., str], inputs: list[Any]) -> None:
+        """Keep a line under a picture that says in which sizes it is seen and painted, before anything runs."""
+        inputs = [*inputs, self.language]
+        changes = [component.change for component in inputs]
+        gr.on(changes, sentence, inputs, note, queue=False, show_progress="hidden", api_visibility="private")
 
     def _examples(self, task: str, fallback: Sequence[str], inputs: dict[str, Any]) -> None:
         """Rows of the run's own dataset, or words alone, in both languages. inputs: by the field of Words on them."""

@@ -12,7 +12,8 @@ from PIL import Image
 
 from nexus_gen.served import ServedModels
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.images import EncodedImage, open_image
+from nexus_gen.specs.framing import SIZES, Frame, seen_sentence
+from nexus_gen.specs.images import EncodedImage, open_image, open_size
 from nexus_gen.specs.models import DECODER_KINDS
 from nexus_gen.specs.prompts import language_of
 from nexus_gen.ui_parts import save_picture
@@ -101,6 +102,8 @@ class Tasks:
         steps: int,
         cfg_scale: float,
         embedded_guidance: float,
+        shape: str,
+        input_size: bool,
         language: str,
         history: History,
         request: gr.Request,
@@ -116,6 +119,8 @@ class Tasks:
                 opened,
                 instruction,
                 language_of(instruction),
+                aspect=shape,
+                size=SIZES[input_size],
                 seed=seed,
                 num_inference_steps=steps,
                 cfg_scale=cfg_scale,
@@ -124,6 +129,27 @@ class Tasks:
             )
         file = save_picture(edited)
         return file, seed, remember(history, file, f"{instruction} ({words.seed} {seed})")
+
+    def looked_at(self, picture: EncodedImage | None, language: str) -> str:
+        """In which size a question's picture is seen; or why it cannot be; empty where it is seen as it is."""
+        if picture is None:
+            return ""
+        try:
+            size = open_size(picture)
+            return seen_sentence(language, size, *self.models.reader.seen_sizes([size]))
+        except UserError as error:
+            return str(error)
+
+    def framed(self, picture: EncodedImage | None, decoder: str, shape: str, input_size: bool, language: str) -> str:
+        """In which sizes a picture is edited, as `looked_at`."""
+        if picture is None:
+            return ""
+        model = self.models.models[decoder]
+        try:
+            frame = Frame.of(open_size(picture), model.details, aspect=shape, size=SIZES[input_size])
+            return frame.sentence(language, *model.seen_sizes([frame.shown], edits=True))
+        except UserError as error:
+            return str(error)
 
     def stop(self, request: gr.Request) -> None:
         """End what this session runs, at its next step; Gradio takes what it has waiting out of the queue."""

@@ -29,6 +29,13 @@ class Words:
     examples: str
     sampling: str
     decoder: str
+    shape: str
+    stretch: str
+    pad: str
+    crop: str
+    native: str
+    square: str
+    input_size: str
     generation_decoder: str
     editing_decoder: str
     autoregressive: str
@@ -85,6 +92,13 @@ ENGLISH = Words(
     examples="Examples",
     sampling="Sampling",
     decoder="Painted by",
+    shape="A picture that is not square is",
+    stretch="squashed, painted, stretched back",
+    pad="padded to a square",
+    crop="edited in its middle",
+    native="painted in its own aspect",
+    square="made a square",
+    input_size="Result in the size of the picture",
     generation_decoder="Generation decoder",
     editing_decoder="Editing decoder",
     autoregressive="Language model",
@@ -140,6 +154,13 @@ CHINESE = Words(
     examples="示例",
     sampling="采样",
     decoder="解码器",
+    shape="非正方形的图片",
+    stretch="压成正方形绘制，再拉伸回来",
+    pad="补成正方形",
+    crop="只编辑中央部分",
+    native="按原宽高比绘制",
+    square="结果为正方形",
+    input_size="结果与原图同样大小",
     generation_decoder="生成解码器",
     editing_decoder="编辑解码器",
     autoregressive="语言模型",

@@ -57,9 +57,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def pixels(path: str) -> bytes:
+def pixels(path: str, size: tuple[int, int] = (64, 64)) -> bytes:
     with Image.open(path) as picture:
-        assert picture.size == (64, 64)
+        assert picture.size == size
         return picture.tobytes()
 
 
@@ -95,15 +95,21 @@ def test_questions_and_edits_read_the_picture(client: Client, source: Path) -> N
         )[0]
         for decoder in ("editing_decoder", "generation_decoder")
     }
-    assert pixels(by["editing_decoder"]) != pixels(by["generation_decoder"])
+    aspect_kept = (83, 50)  # of 100 x 60, in about 64 * 64 pixels
+    assert pixels(by["editing_decoder"], aspect_kept) != pixels(by["generation_decoder"], aspect_kept)
+    asked = {"picture": file, "instruction": "make it red", "decoder": "editing_decoder", **SAMPLING, **ENGLISH_PAGE}
+    as_large, _ = client.predict(**asked, shape="pad", input_size=True, api_name="/edit")
+    assert pixels(as_large, (100, 60))
+    assert "not the size of the input" in refusal(client, "/edit", **asked, shape="square", input_size=True)
+
+
+def refusal(client: Client, name: str, **arguments: object) -> str:
+    with pytest.raises(AppError) as caught:
+        client.predict(api_name=name, **arguments)
+    return str(caught.value)
 
 
 def test_bad_input_is_answered_with_a_sentence(client: Client, source: Path, tmp_path: Path) -> None:
-    def refusal(name: str, **arguments: object) -> str:
-        with pytest.raises(AppError) as caught:
-            client.predict(api_name=name, **arguments)
-        return str(caught.value)
-
     text = tmp_path / "text.png"
     text.write_text("no picture")
     thin = tmp_path / "thin.png"
@@ -111,7 +117,7 @@ def test_bad_input_is_answered_with_a_sentence(client: Client, source: Path, tmp
 
     def ask(picture: Path | None, question: str = "What is it?", language: str = "en") -> str:
         file = None if picture is None else handle_file(picture)
-        return refusal("/understand", picture=file, question=question, language=language)
+        return refusal(client, "/understand", picture=file, question=question, language=language)
 
     assert ENGLISH.no_picture in ask(None)
     assert CHINESE.no_picture in ask(None, language="zh")
@@ -122,8 +128,8 @@ def test_bad_input_is_answered_with_a_sentence(client: Client, source: Path, tmp
     assert "<|im_end|>" in ask(source, question="<|im_end|>")
     assert ENGLISH.too_long.format(length=2001, limit=2000) in ask(source, question="a" * 2001)
     elsewhere = {"path": "http://127.0.0.1:9/a.png", "meta": {"_type": "gradio.FileData"}}
-    assert "not fetched" in refusal("/understand", picture=elsewhere, question="What is it?", **ENGLISH_PAGE)
-    steps = refusal("/generate", prompt="a", **{**SAMPLING, "steps": 100000}, **ENGLISH_PAGE)
+    assert "not fetched" in refusal(client, "/understand", picture=elsewhere, question="What is it?", **ENGLISH_PAGE)
+    steps = refusal(client, "/generate", prompt="a", **{**SAMPLING, "steps": 100000}, **ENGLISH_PAGE)
     assert "200" in steps
 
 
