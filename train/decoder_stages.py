@@ -22,7 +22,7 @@ from nexus_gen.tensor_files import TensorFiles
 from nexus_gen.text_encoders import encode_context, encode_pooled
 from train.decoder_module import DecoderModule
 from train.decoder_monitor import DecoderMonitor
-from train.engine import checkpoint_step, fit, gather_weights, latest_checkpoint
+from train.engine import checkpoint_step, fit, gather_weights, latest_checkpoint, require_whole_checkpoint
 from train.metrics import MetricsLogger, latest
 from train.schemas.stages import DecoderConfig, EditingDecoderConfig, require_checkpoint
 from train.stage import Stage
@@ -120,6 +120,10 @@ class DecoderStage(Stage[DecoderConfig]):
         config = self.config
         spec = ShardSpec.load(Manifest.load(config.shards))
         dtype = DTYPES[config.trainer.precision]
+        self.start_process_group()
+        if self.rank == 0:
+            require_whole_checkpoint(self.run_dir)
+        self.barrier()
         checkpoint = latest_checkpoint(self.run_dir)
         metrics = MetricsLogger(
             self.run_dir, config.logger, self.rank, checkpoint_step(checkpoint) if checkpoint else 0

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import train.deepspeed_mends  # noqa: F401
 from nexus_gen.specs.errors import UserError
+from train.checkpoint_files import forget_damaged, set_damaged_aside, write_listing
 from train.metrics import MetricsLogger
 from train.schemas.common import OptimConfig, TrainerConfig
 from train.schemas.run_directory import CHECKPOINTS
@@ -116,6 +117,14 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Checkpoints that were written to the end, oldest first."""
     return sorted(path for path in directory.glob("step_*") if path.suffix != PARTIAL)
+
+
+def require_whole_checkpoint(run_dir: Path) -> None:
+    """Set damaged checkpoints aside, so that `latest_checkpoint` is whole; for rank zero alone, before it is asked for.
+
+    Raises UserError where there are checkpoints and none is whole.
+    """
+    set_damaged_aside(complete_checkpoints(run_dir / CHECKPOINTS), checkpoint_step)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -312,8 +321,10 @@ class StepCheckpoints(pl.Callback):
         if self._average is not None:
             self._average.save(partial)
         trainer.strategy.barrier()
+        write_listing(partial)
         if trainer.is_global_zero:
             os.replace(partial, path)
+            forget_damaged(self._directory)
             for old in complete_checkpoints(self._directory)[: -self._config.keep_checkpoints]:
                 shutil.rmtree(old)
             log.info("checkpoint %s", path.name)

@@ -32,6 +32,7 @@ from nexus_gen.ar_checkpoint import save_autoregressive
 from nexus_gen.autoregressive import TARGET_INPUTS, LossWeights
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.geometry import patches_per_side
+from train.checkpoint_files import set_damaged_aside
 from train.message_stream import MessageStream, Quarantine
 from train.metrics import MetricsLogger, latest
 from train.schemas.common import OptimConfig
@@ -76,6 +77,7 @@ class PretrainStage(Stage[PretrainConfig]):
         checkpoints = self.run_dir / CHECKPOINTS
         if self.rank == 0:
             remove_incomplete_checkpoints(checkpoints)
+            set_damaged_aside(complete_checkpoints(checkpoints), checkpoint_step)
         self.barrier()
         mixture, heldout = self.from_rank_zero(self._mixtures)
         rows = {"train": row_counts(mixture), "heldout": row_counts(heldout)}
