@@ -29,6 +29,7 @@ from nexus_gen.specs.prompts import (
     GENERATION_REPLY,
     language_of,
 )
+from nexus_gen.specs.results import check_result
 from train.outcomes import prompt_of, require_truth
 from train.scoring import Metadata, geneval_metadata
 
@@ -251,6 +252,7 @@ def main(argv: list[str]) -> int:
         value = getattr(arguments, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+    check_result(arguments.output, "--output", directory=True)
     fill = prepare_prompts(arguments) if command == "geneval" else prepare_edits(arguments)
     paths = ModelPaths.find(
         arguments.run,

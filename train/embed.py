@@ -47,6 +47,7 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS, REFERENCE_GRID, RELEASED_TARGET_TOKENS
 from nexus_gen.specs.images import channels_first, cover_crop, open_image, squash
 from nexus_gen.specs.models import target_tokens_of, trained_details
+from nexus_gen.specs.results import aside
 from nexus_gen.tensor_files import TensorFiles, fingerprint_tensors, save_tensors
 from nexus_gen.text_encoders import encode_context, encode_pooled
 from nexus_gen.vae import FluxVae
@@ -524,6 +525,5 @@ def link(old: Path, new: Path) -> None:
     try:
         os.link(old, new)
     except OSError:
-        aside = new.with_name(f".{new.name}.tmp")
-        shutil.copyfile(old, aside)
-        os.replace(aside, new)
+        with aside(new) as partial:
+            shutil.copyfile(old, partial)

@@ -26,6 +26,7 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import StoredImage
 from nexus_gen.specs.models import ModelPaths
 from nexus_gen.specs.prompts import IMAGE_TAG
+from nexus_gen.specs.results import check_result
 from train.benchmarks import batches
 from train.evaluation_page import table
 from train.letter_reader import parse_letter
@@ -129,8 +130,7 @@ def main(argv: list[str]) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
-    if arguments.output.is_dir():
-        raise UserError(f"--output {arguments.output} is a directory; give the JSON file to write")
+    check_result(arguments.output, "--output")
     read = [read_question(record) for record in read_records(arguments.questions)]
     questions = [question for question in read if question is not None]
     if not questions:
