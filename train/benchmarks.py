@@ -31,6 +31,7 @@ from nexus_gen.specs.prompts import (
 )
 from nexus_gen.specs.results import check_result
 from train.outcomes import prompt_of, require_truth
+from train.progress import progress_bar
 from train.scoring import Metadata, geneval_metadata
 
 if TYPE_CHECKING:
@@ -154,10 +155,8 @@ def source_file(row: Row) -> Path:
 
 
 def batches(items: list[Item], size: int, name: str) -> Iterator[list[Item]]:
-    """The items in pieces, under a progress bar."""
-    from tqdm import tqdm
-
-    with tqdm(total=len(items), desc=name, disable=None) as bar:
+    """The items in pieces, with their progress."""
+    with progress_bar(len(items), name) as bar:
         for first in range(0, len(items), size):
             yield items[first : first + size]
             bar.update(len(items[first : first + size]))
