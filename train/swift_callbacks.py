@@ -234,7 +234,7 @@ class StepGuard:
         self._accumulation = accumulation
         self._micro_batches = start_step * accumulation
         self._sums: torch.Tensor | float = 0.0
-        self._signalled = False
+        self.interrupted = False  # this rank is to stop after the step under way
 
     def listen(self) -> None:
         """Remember a SIGTERM from now on, so that training can finish its step and save."""
@@ -250,7 +250,7 @@ class StepGuard:
         return min(1.0, self.tokens_seen / self.token_budget) if self.token_budget else 0.0
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
+        self.interrupted = True
 
     def on_loss(self, outputs: NexusGenOutput, inputs: dict[str, Any]) -> None:
         """Called after each forward pass; UserError on every rank when a rank's loss is not finite."""
@@ -269,7 +269,7 @@ class StepGuard:
 
     def _agree(self) -> None:
         assert isinstance(self._sums, torch.Tensor)
-        facts = torch.cat([self._sums, self._sums.new_tensor([float(self._signalled)])])
+        facts = torch.cat([self._sums, self._sums.new_tensor([float(self.interrupted)])])
         self._sums = 0.0
         torch.distributed.all_reduce(facts)
         num_micro_batches = self._accumulation * torch.distributed.get_world_size()

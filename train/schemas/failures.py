@@ -79,15 +79,18 @@ def sentence_of(error: BaseException, stage_dir: Path) -> str:
             f"{where} could not be written ({why}; its disk has {free / 1e6:.1f} MB free); make room, and the same "
             "command resumes from the last whole checkpoint"
         )
-    if killed := re.search(
-        r"DataLoader worker \(pid\(?s?\)?:? ?\(?([\d, ]+)\)?.*?(?:signal: (\w+)|exited unexpectedly)", str(error)
-    ):
-        return (
-            f"a loader process ({killed[1].strip()}) was killed{f' by {killed[2]}' if killed[2] else ''}, perhaps for "
-            "want of memory (dmesg says); lower trainer.num_workers or give it more memory, and the same command "
-            "resumes from the last checkpoint"
-        )
+    if killed := re.search(r"DataLoader worker \(pid(?:\(s\))?:? ?([\d, ]+)\)", str(error)):
+        return after_death(f"a loader process ({killed[1].strip()}) was killed")
     return ""
+
+
+def after_death(death: str, saved_step: int = 0) -> str:
+    """The sentence about a killed loader process. saved_step: that of the checkpoint written after it, if any."""
+    saved = f"; step {saved_step} is saved" if saved_step else ""
+    return (
+        f"{death}, perhaps for want of memory (dmesg says){saved}: lower num_workers or give it more memory, and the "
+        "same command resumes where it was"
+    )
 
 
 def is_of_disk(error: BaseException) -> bool:
