@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -299,7 +300,12 @@ def main(argv: list[str]) -> int:
     with building(output, keep_partial=goes_on, resumable=True) as directory:
         write_text_atomic(directory / IDENTITY, identity)
         outcomes = Outcomes(directory)
-        run_phases(models, wanted, outcomes, arguments.batch_size)
+        try:
+            run_phases(models, wanted, outcomes, arguments.batch_size)
+        except BaseException:
+            if not outcomes.outcomes:  # nothing that the same command could resume from
+                shutil.rmtree(directory)
+            raise
         scores = {name: dataclasses.asdict(score) for name, score in scores_of(outcomes.outcomes).items()}
         write_text_atomic(directory / "scores.json", json.dumps(scores, indent=1) + "\n")
         title = f"{arguments.run.name}, {split}"
