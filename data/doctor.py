@@ -22,6 +22,7 @@ from data.token_lengths import TokenLengths
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS
 from nexus_gen.specs.models import target_tokens_of
+from nexus_gen.specs.results import check_result
 
 DATA_KEYS = (
     *("max_pixels", "max_length", "dynamic_targets", "consistent_edit_scale"),
@@ -136,8 +137,8 @@ def main(argv: list[str]) -> int:
         if getattr(given, name) is not None and getattr(given, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(given, name)}; it must be above 0")
     for name in ("report", "quarantine"):
-        if getattr(given, name) is not None and getattr(given, name).is_dir():
-            raise UserError(f"--{name} {getattr(given, name)} is a directory; give the file to write")
+        if getattr(given, name) is not None:
+            check_result(getattr(given, name), f"--{name}")
     train = given.dataset or [Path(config[key]) for key in ("train",) if config.get(key)]
     heldout = given.heldout or [Path(config[key]) for key in ("heldout",) if config.get(key) and not given.dataset]
     if not train:

@@ -4,6 +4,7 @@ Order depends on (seed, epoch) alone. Global batch s covers micro x world x accu
 order; the state is the number of micro batches handed out, so a resumed loader goes on exactly behind them.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from data.loader_processes import batches
 from data.shards import index_shard, read_sample, repair_hint, require_global_batch
 from nexus_gen.specs.artifact import Manifest
 from nexus_gen.specs.errors import UserError
+
+log = logging.getLogger(__name__)
 
 SHUFFLE_WINDOW = 8  # shards that are mixed with each other, so that reads stay within a few files at a time
 Place = tuple[int, int]  # epoch, index of a sample
@@ -94,6 +98,7 @@ class ShardLoader:
         prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         self.prepare = prepare
+        self.on_death: Callable[[str], None] = log.warning  # called when a process of the loader was killed
         self.dataset = ShardDataset(Path(artifact), split, seed, predicted_fraction)
         self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
         self.rank, self.world_size = rank, world_size
@@ -112,7 +117,7 @@ class ShardLoader:
             persistent_workers=False,
             pin_memory=torch.cuda.is_available(),
         )
-        for batch in loader:
+        for batch in batches(loader, self.on_death):
             self.batches_done += 1
             yield batch
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.samples import files_below
+from nexus_gen.specs.results import aside
 
 SETTLED_NS = 2_000_000_000  # a file changed so shortly before it was read may change again without a new time
 
@@ -50,14 +51,8 @@ def remembered(memory: Path, key: Any, files: Sequence[Path], read: Callable[[],
     if not all(settled(of_file, now) for of_file in facts.values()):
         yield from read()
         return
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    aside = memory.with_name(f".{memory.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "w", encoding="ascii") as lines:
-            lines.write(head)
-            for value in read():
-                lines.write(json.dumps(value) + "\n")
-                yield value
-        os.replace(aside, memory)
-    finally:
-        aside.unlink(missing_ok=True)
+    with aside(memory) as partial, open(partial, "w", encoding="ascii") as lines:
+        lines.write(head)
+        for value in read():
+            lines.write(json.dumps(value) + "\n")
+            yield value

@@ -31,9 +31,10 @@ from data.shards import (
     scan_shard,
     write_shard,
 )
-from nexus_gen.specs.artifact import Manifest, seal
+from nexus_gen.specs.artifact import Manifest, seal, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import open_image
+from nexus_gen.specs.results import check_result
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +70,8 @@ def main(argv: list[str]) -> int:
     for name in ("max_samples", "num_pictures"):
         if getattr(arguments, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be 1 or more")
+    if arguments.command == "show":
+        check_result(arguments.out, "--out")
     manifest = Manifest.load(arguments.artifact).require("embedding_shards", arguments.artifact)
     ShardSpec.load(manifest)
     if arguments.command == "verify":
@@ -327,8 +330,7 @@ def show(artifact: Path, manifest: Manifest, arguments: argparse.Namespace) -> i
         own = figure(number, html.escape(samples[number].facts["id"]))
         lines.append(f'<div class="line">{own}<b>&rarr;</b>{"".join(figures)}</div>')
     page = PAGE.format(title=f"{manifest.stage}: {arguments.split}", count=len(samples), lines="\n".join(lines))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(page, encoding="utf-8")
+    write_text_atomic(arguments.out, page)
     print(arguments.out)
     return 0
 

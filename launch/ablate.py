@@ -27,6 +27,7 @@ from launch.run import compose_plan, describe, run_stages
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError, nearest
 from nexus_gen.specs.models import SHIPPED_RUN
+from nexus_gen.specs.results import check_result
 from train.schemas.ablation import PLAN, Ablation
 from train.schemas.fields import fingerprint_values
 from train.schemas.parents import end_with_parent
@@ -98,6 +99,7 @@ def main(argv: list[str]) -> int:
         )
     run = arguments.run.absolute()
     output = (arguments.output or run.parent / "ablations").absolute()
+    check_result(output, "--output", directory=True)
     ablations = list(FILES) if "all" in names else list(dict.fromkeys(names))
     arms = [arm for name in ablations for arm in compose_arms(name, run, output, arguments.seeds, given)]
     share_cores(arms, arguments.jobs)

@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import sys
+import threading
 
 from nexus_gen.specs.errors import UserError, nearest
 
@@ -95,8 +96,15 @@ def reader_is_gone(file: int) -> bool:
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
+def end(number: int, _frame: object) -> None:
+    """End by the usual way out of Python, which removes what is half written."""
+    raise SystemExit(128 + number)
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end)
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(usage(), flush=True)

@@ -5,6 +5,7 @@ nexus-gen run pipeline=tiny from=embed_generation
 """
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
@@ -194,7 +195,8 @@ def run_stage(config: StageConfig, crew: Crew, again: bool) -> int:
         began = time.monotonic()
         status = crew.run(config, lock)
         took = time.monotonic() - began
-        with open(config.run_dir / TIMING, "a", encoding="utf-8") as file:
+        # On a full disk the stage has said why it ended; its duration is then not recorded.
+        with contextlib.suppress(OSError), open(config.run_dir / TIMING, "a", encoding="utf-8") as file:
             facts = {"seconds": round(took, 1), "processes": config.launch.world_size, "status": status}
             file.write(json.dumps(facts) + "\n")
     if status == STOPPED or (status == 0 and created_at(config) == before):

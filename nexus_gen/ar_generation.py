@@ -174,6 +174,14 @@ def generate_reply(
     return Reply(torch.cat([input_ids, padded], dim=1), new_tokens, decoding.image_embeds)
 
 
+def reply_text(tokenizer: Any, model: NexusGenForConditionalGeneration, reply: Tensor) -> str:
+    """The words of one of `new_tokens`; a character of which max_new_tokens left only some bytes is left out."""
+    words = tokenizer.decode(reply, skip_special_tokens=True)
+    ends, _ = _end_tokens(model)
+    is_cut = not len(reply) or int(reply[-1]) not in ends
+    return (words.rstrip("\ufffd") if is_cut else words).strip()
+
+
 def decoder_layer(module: nn.Module, hidden_BSD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """One layer of the language model over whole rows: causal without a mask, no cache."""
     return module(hidden_BSD, attention_mask=None, position_embeddings=rotary, use_cache=False)
@@ -193,7 +201,7 @@ def teacher_forced_pairs(
     layer: DecoderLayer = decoder_layer,
 ) -> list[tuple[Tensor, Tensor]]:
     """Of every target image of a batch, in order: the embeddings that the model predicts, and those that the vision
-    tower gives, (N, D) each.
+    tower gives, (N, D) each; none for a batch without target images.
 
     batch: what `forward` takes, labels included, on any device, best on the CPU; rows padded on either side. They are
     moved to the left, so that attention is causal without a mask, and nothing is computed that these embeddings do not
@@ -201,6 +209,8 @@ def teacher_forced_pairs(
     tower: the model's own, packed. layer: runs one decoder layer; `compiled_decoder_layer()` where compiling pays.
     Raises ValueError when image tokens and pictures disagree in number.
     """
+    if not bool((batch["labels"] == model.config.image_token_id).any()):
+        return []
     language_model = model.model.language_model
     if language_model.config._attn_implementation == "eager":  # the only one that is not causal by itself
         raise ValueError("teacher forcing without a mask needs attention that is causal by itself: use sdpa")

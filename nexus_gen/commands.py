@@ -9,7 +9,6 @@ said on stderr.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from nexus_gen.specs.framing import ASPECTS, SIZES, Frame, beyond_training, seen
 from nexus_gen.specs.images import open_size
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run
 from nexus_gen.specs.prompts import LANGUAGES
+from nexus_gen.specs.results import PICTURES, aside, check_result
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -107,8 +107,8 @@ def check(command: str, arguments: argparse.Namespace) -> ModelPaths:
     if abs(getattr(arguments, "seed", 0)) > MAX_SEED:
         raise UserError(f"--seed is {arguments.seed}; it must be {MAX_SEED} at most")
     result_path = getattr(arguments, "result_path", None)
-    if result_path is not None and result_path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"--result-path {result_path} has no picture suffix; end it in .png, .jpg or .webp")
+    if result_path is not None:
+        check_result(result_path, "--result-path", suffixes=PICTURES)
     decoder = None
     if command != "understand":
         generation = command == "generate" or arguments.use_generation_decoder
@@ -154,10 +154,8 @@ def resizing(arguments: argparse.Namespace, model: "NexusGen") -> list[str]:
 
 def save_atomic(image: "Image", path: Path) -> None:
     """Write a picture beside its place and rename it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.partial{path.suffix}")
-    image.save(aside)
-    os.replace(aside, path)
+    with aside(path) as partial:
+        image.save(partial)
 
 
 def main(argv: list[str]) -> int:

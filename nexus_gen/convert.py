@@ -29,9 +29,10 @@ from nexus_gen.specs.layouts import (
     vae_sources,
 )
 from nexus_gen.specs.models import DECODER_FILES, RELEASED
+from nexus_gen.specs.results import aside, check_result
 from nexus_gen.specs.shapes import NAMED_KEYS, Weights, read_config
 from nexus_gen.specs.tensor_headers import INDEX_SUFFIX, TensorHeader
-from nexus_gen.tensor_files import TensorFiles, aside, save_tensors, write_safetensors
+from nexus_gen.tensor_files import TensorFiles, save_tensors, write_safetensors
 from nexus_gen.translation import join, split
 
 SHARD_BYTES = 5_000_000_000
@@ -64,6 +65,7 @@ def convert(
         raise UserError(f"{target} exists and is left alone; remove it or give another path")
     if not source.exists():
         raise UserError(f"{source} does not exist; give a checkpoint's file or directory")
+    check_result(target, "DST", directory=target.suffix not in (".safetensors", ".bin"))
     if source.is_dir() and (source / MANIFEST).is_file():
         manifest = Manifest.load(source)
         if manifest.kind in DECODER_FILES:

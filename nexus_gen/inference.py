@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from nexus_gen.ar_checkpoint import load_autoregressive, load_processor
-from nexus_gen.ar_generation import Progress, generate_reply, vision_embeddings
+from nexus_gen.ar_generation import Progress, generate_reply, reply_text, vision_embeddings
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration
 from nexus_gen.checkpoints import load_decoder, load_vae
 from nexus_gen.conversation import collate, encode, patches
@@ -136,7 +136,7 @@ class NexusGen:
         """Reply to user messages as one batch; `images` holds each one's pictures. progress: as of `generate_reply`."""
         inputs = self._prompts(contents, images, [""] * len(contents))
         made = generate_reply(self.autoregressive, **inputs, max_new_tokens=max_new_tokens, progress=progress)
-        return [self.processor.tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in made.new_tokens]
+        return [reply_text(self.processor.tokenizer, self.autoregressive, reply) for reply in made.new_tokens]
 
     def imagine(self, content: str, reply: str, images: list[Picture]) -> Tensor:
         """The embeddings of the picture that answers a user message: (1, N, D).

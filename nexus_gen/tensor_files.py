@@ -3,16 +3,15 @@
 import ctypes
 import hashlib
 import mmap
-import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.results import aside
 from nexus_gen.specs.tensor_headers import TensorHeader, header_bytes, read_headers
 
 DTYPES = {
@@ -153,18 +152,6 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
             torch.save({key: owned(tensor) for key, tensor in tensors.items()}, partial)
         else:
             write_safetensors(partial, {key: header_of(tensor) for key, tensor in tensors.items()}, tensors.items())
-
-
-@contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, whose name it takes when all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_safetensors(path: Path, headers: Mapping[str, TensorHeader], tensors: Iterable[tuple[str, Tensor]]) -> None:

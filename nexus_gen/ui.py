@@ -22,6 +22,7 @@ from nexus_gen.commands import add_model_arguments
 from nexus_gen.served import ServedModels, ServedPaths
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import DECODER_KINDS, default_run, flag_of
+from nexus_gen.specs.results import check_result
 
 MAX_UPLOAD = "20mb"
 SECONDS_TO_FINISH = 2  # for open connections, when the server is told to end
@@ -99,6 +100,7 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv[1:])
     if importlib.util.find_spec("gradio") is None:
         raise UserError("nexus-gen ui needs Gradio, which is not installed: pip install 'nexus-gen[ui]'")
+    check_result(tempfile.gettempdir(), "TMPDIR", directory=True)  # where pictures are kept while it runs
     decoders = {kind: getattr(arguments, kind) for kind in DECODER_KINDS}
     served = ServedPaths.find(arguments.run, arguments.autoregressive, arguments.flux, decoders)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

@@ -189,3 +189,7 @@ def test_multiple_choice_is_answered_and_scored(tiny_run: Path, tmp_path: Path) 
     assert [answer["answer"] for answer in report["answers"]] == ["A", "A"]
     assert report["scores"]["accuracy"]["count"] == report["scores"]["subject/colour"]["count"] == 2
     assert set(report["inputs"]) == {"autoregressive", "questions"}
+    unread = [{name: row[name] for name in ("id", "answer", "reply")} for row in report["answers"] if not row["letter"]]
+    assert report["unreadable"] == unread
+    assert report["scores"]["unreadable"]["value"] == len(unread) / 2
+    assert ("unreadable, scored as wrong" in printed) == bool(unread)

@@ -29,7 +29,9 @@ from nexus_gen.specs.prompts import (
     GENERATION_REPLY,
     language_of,
 )
+from nexus_gen.specs.results import check_result
 from train.outcomes import prompt_of, require_truth
+from train.progress import progress_bar
 from train.scoring import Metadata, geneval_metadata
 
 if TYPE_CHECKING:
@@ -156,10 +158,8 @@ def source_file(row: Row) -> Path:
 
 
 def batches(items: list[Item], size: int, name: str) -> Iterator[list[Item]]:
-    """The items in pieces, under a progress bar."""
-    from tqdm import tqdm
-
-    with tqdm(total=len(items), desc=name, disable=None) as bar:
+    """The items in pieces, with their progress."""
+    with progress_bar(len(items), name) as bar:
         for first in range(0, len(items), size):
             yield items[first : first + size]
             bar.update(len(items[first : first + size]))
@@ -253,6 +253,7 @@ def main(argv: list[str]) -> int:
         value = getattr(arguments, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+    check_result(arguments.output, "--output", directory=True)
     fill = prepare_prompts(arguments) if command == "geneval" else prepare_edits(arguments)
     paths = ModelPaths.find(
         arguments.run,

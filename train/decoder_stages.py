@@ -20,10 +20,12 @@ from nexus_gen.specs.geometry import ProjectorGeometry
 from nexus_gen.specs.models import DECODER_FILES
 from nexus_gen.tensor_files import TensorFiles
 from nexus_gen.text_encoders import encode_context, encode_pooled
+from train.checkpoint_files import set_damaged_aside
 from train.decoder_module import DecoderModule
 from train.decoder_monitor import DecoderMonitor
-from train.engine import checkpoint_step, fit, gather_weights, latest_checkpoint
+from train.engine import checkpoint_step, complete_checkpoints, fit, gather_weights, latest_checkpoint
 from train.metrics import MetricsLogger, latest
+from train.schemas.run_directory import CHECKPOINTS
 from train.schemas.stages import DecoderConfig, EditingDecoderConfig, require_checkpoint
 from train.stage import Stage
 from train.weight_average import WeightAverage
@@ -120,6 +122,10 @@ class DecoderStage(Stage[DecoderConfig]):
         config = self.config
         spec = ShardSpec.load(Manifest.load(config.shards))
         dtype = DTYPES[config.trainer.precision]
+        self.start_process_group()
+        if self.rank == 0:
+            set_damaged_aside(complete_checkpoints(self.run_dir / CHECKPOINTS), checkpoint_step)
+        self.barrier()
         checkpoint = latest_checkpoint(self.run_dir)
         metrics = MetricsLogger(
             self.run_dir, config.logger, self.rank, checkpoint_step(checkpoint) if checkpoint else 0

@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -25,7 +24,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from data.embedding_plan import Changes, EarlierSamples, PlannedSample, PlannedShard, SplitRows
 from data.messages import Row
@@ -47,11 +45,13 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS, REFERENCE_GRID, RELEASED_TARGET_TOKENS
 from nexus_gen.specs.images import channels_first, cover_crop, open_image, squash
 from nexus_gen.specs.models import target_tokens_of, trained_details
+from nexus_gen.specs.results import aside
 from nexus_gen.tensor_files import TensorFiles, fingerprint_tensors, save_tensors
 from nexus_gen.text_encoders import encode_context, encode_pooled
 from nexus_gen.vae import FluxVae
 from train.embed_pipeline import Prepared, ShardFiller, require_few, require_unchanged, stacked
 from train.metrics import METRICS
+from train.progress import progress_bar
 from train.schemas.stages import EmbedEditingConfig, EmbedGenerationConfig, EmbedStageConfig, require_checkpoint
 from train.stage import Stage
 
@@ -61,7 +61,6 @@ log = logging.getLogger(__name__)
 EMBEDDING_CODE = 2  # 2: pictures are converted to sRGB by their profile
 LENGTH_STEP = 64  # conversations are padded to multiples of it and share a batch with those of their own length only
 QUARANTINE = "quarantine.jsonl"
-LOG_INTERVAL_S = 30  # between lines of progress where no terminal draws over the last one
 COMPILED_FROM_ROWS = 10_000  # compiling the tower takes 11 s on an H200, and saves 0.8 ms a picture of 252 px
 
 EmbedConfig = TypeVar("EmbedConfig", bound=EmbedStageConfig)
@@ -101,14 +100,7 @@ class EmbedStage(Stage[EmbedConfig]):
         self.compiled = self.config.embed.compile == "always" or (
             self.config.embed.compile == "auto" and self.device_type == "cuda" and num_rows >= COMPILED_FROM_ROWS
         )
-        progress = tqdm(
-            total=num_rows,
-            unit="row",
-            desc=self.config.stage,
-            disable=self.rank != 0,
-            mininterval=0.1 if sys.stderr.isatty() else LOG_INTERVAL_S,
-        )
-        with progress:
+        with progress_bar(num_rows, self.config.stage, "row", disable=self.rank != 0) as progress:
             try:
                 done = filler.fill(mine, lambda: bool(signals), progress.update)
             except UserError:
@@ -524,6 +516,5 @@ def link(old: Path, new: Path) -> None:
     try:
         os.link(old, new)
     except OSError:
-        aside = new.with_name(f".{new.name}.tmp")
-        shutil.copyfile(old, aside)
-        os.replace(aside, new)
+        with aside(new) as partial:
+            shutil.copyfile(old, partial)

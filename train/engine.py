@@ -29,8 +29,10 @@ from tqdm import tqdm
 
 import train.deepspeed_mends  # noqa: F401
 from nexus_gen.specs.errors import UserError
+from train.checkpoint_files import forget_damaged, write_listing
 from train.metrics import MetricsLogger
 from train.schemas.common import OptimConfig, TrainerConfig
+from train.schemas.failures import after_death
 from train.schemas.run_directory import CHECKPOINTS
 from train.weight_average import WeightAverage
 
@@ -136,6 +138,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received = False
+        self.death = ""  # of a loader process, which stops training as well
         self.listen()
 
     def listen(self) -> None:
@@ -143,6 +146,10 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True
+
+    def on_death(self, death: str) -> None:
+        """Stop after the step under way, for a loader process was killed."""
+        self.received, self.death = True, death
 
 
 class StepGuard(pl.Callback):
@@ -312,8 +319,10 @@ class StepCheckpoints(pl.Callback):
         if self._average is not None:
             self._average.save(partial)
         trainer.strategy.barrier()
+        write_listing(partial)
         if trainer.is_global_zero:
             os.replace(partial, path)
+            forget_damaged(self._directory)
             for old in complete_checkpoints(self._directory)[: -self._config.keep_checkpoints]:
                 shutil.rmtree(old)
             log.info("checkpoint %s", path.name)
@@ -380,13 +389,15 @@ def fit(
     module: keeps `loss_sum` as DecoderModule does. loader: yields this rank's micro batches without end and has
     `state_dict` and `load_state_dict`; its state has to be the same on all ranks. metrics: closed at the end.
     monitors: callbacks that come after the metrics of a step and before its checkpoint. average: kept up to date.
-    Raises UserError when the loss is not finite.
+    Raises UserError when the loss is not finite, and when a loader process was killed, after a checkpoint.
     """
     world_size = int(os.environ["WORLD_SIZE"])
     accumulation = trainer_config.accumulation(world_size)
     checkpoint = latest_checkpoint(run_dir)
     start_step = checkpoint_step(checkpoint) if checkpoint else 0
-    guard = StepGuard(StopRequest())
+    stop_request = StopRequest()
+    loader.on_death = stop_request.on_death
+    guard = StepGuard(stop_request)
     step_metrics = StepMetrics(guard, metrics, trainer_config, start_step)
     averaging = [Averaging(average, checkpoint)] if average is not None else []
     checkpoints = StepCheckpoints(guard, run_dir / CHECKPOINTS, trainer_config, average)
@@ -430,6 +441,8 @@ def fit(
         )
     finally:
         metrics.close()
+    if stop_request.death and trainer.global_step < trainer_config.max_steps:
+        raise UserError(after_death(stop_request.death, trainer.global_step))
     if start_step >= trainer_config.max_steps and averaging:
         averaging[0].start()  # no step was left to train, so nothing has loaded it
     return FitResult(trainer.global_step >= trainer_config.max_steps, step_metrics.last)

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.framing import Frame
 from nexus_gen.specs.images import open_image
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, flag_of, results_of
+from nexus_gen.specs.results import check_result
 from train.benchmarks import batches, noise_seed
 from train.evaluation_page import render, table
 from train.outcomes import (
@@ -291,14 +293,20 @@ def main(argv: list[str]) -> int:
     output = arguments.output or results_of(arguments.run) / "evaluation" / split
     if output.exists() and not (output / IDENTITY).is_file() and (output.is_file() or any(output.iterdir())):
         raise UserError(f"{output} holds something else; give --output with an empty or a new directory")
+    check_result(output, "--output", directory=True)
     code = code_version()
     identity = json.dumps({"config": settings, "inputs": inputs, "commit": code["commit"]}, indent=1) + "\n"
     begun = output.with_name(output.name + ".partial") / IDENTITY
     goes_on = begun.is_file() and begun.read_text(encoding="utf-8") == identity
-    with building(output, keep_partial=goes_on) as directory:
+    with building(output, keep_partial=goes_on, resumable=True) as directory:
         write_text_atomic(directory / IDENTITY, identity)
         outcomes = Outcomes(directory)
-        run_phases(models, wanted, outcomes, arguments.batch_size)
+        try:
+            run_phases(models, wanted, outcomes, arguments.batch_size)
+        except BaseException:
+            if not outcomes.outcomes:  # nothing that the same command could resume from
+                shutil.rmtree(directory)
+            raise
         scores = {name: dataclasses.asdict(score) for name, score in scores_of(outcomes.outcomes).items()}
         write_text_atomic(directory / "scores.json", json.dumps(scores, indent=1) + "\n")
         title = f"{arguments.run.name}, {split}"

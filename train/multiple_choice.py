@@ -26,8 +26,10 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import StoredImage
 from nexus_gen.specs.models import ModelPaths
 from nexus_gen.specs.prompts import IMAGE_TAG
+from nexus_gen.specs.results import check_result
 from train.benchmarks import batches
 from train.evaluation_page import table
+from train.letter_reader import parse_letter
 from train.measures import Score, mean_of, proportion
 from train.schemas.fields import fingerprint_path
 
@@ -97,22 +99,6 @@ def read_question(record: Record) -> Question | None:
     )
 
 
-def parse_letter(reply: str, options: dict[str, str]) -> str | None:
-    """The letter that a reply chooses: it begins with it, names it after "answer", or is an option's text."""
-    letters = "".join(options)
-    reply = reply.strip()
-    for pattern in (
-        rf"^\(?([{letters}])(?:[).:,]|\s*$)",
-        rf"^(?![AI]\s)([{letters}])\s",  # "A" and "I" begin sentences
-        rf"\banswer(?:\s+is)?\s*:?\s*\(?([{letters}])\)?(?![\w'])",
-        rf"\(([{letters}])\)",
-    ):
-        if found := re.search(pattern, reply):
-            return found.group(1)
-    said = reply.rstrip(".").casefold()
-    return next((letter for letter, option in options.items() if option.rstrip(".").casefold() == said), None)
-
-
 def scores_of(outcomes: list[dict[str, Any]]) -> dict[str, Score]:
     """Accuracy over all questions, its mean over the subjects, each subject's, and the share that named a letter."""
     subjects = sorted({outcome["subject"] for outcome in outcomes})
@@ -144,8 +130,7 @@ def main(argv: list[str]) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
-    if arguments.output.is_dir():
-        raise UserError(f"--output {arguments.output} is a directory; give the JSON file to write")
+    check_result(arguments.output, "--output")
     read = [read_question(record) for record in read_records(arguments.questions)]
     questions = [question for question in read if question is not None]
     if not questions:
@@ -172,7 +157,9 @@ def main(argv: list[str]) -> int:
                     "reply": reply,
                 }
             )
-    scores = {name: dataclasses.asdict(score) for name, score in scores_of(outcomes).items()}
+    unreadable = [outcome for outcome in outcomes if outcome["letter"] is None]
+    found = {**scores_of(outcomes), "unreadable": proportion([outcome in unreadable for outcome in outcomes])}
+    scores = {name: dataclasses.asdict(score) for name, score in found.items()}
     report = {
         "scores": scores,
         "inputs": {
@@ -180,11 +167,15 @@ def main(argv: list[str]) -> int:
             "questions": fingerprint_path(arguments.questions),
         },
         "not_multiple_choice": len(read) - len(questions),
+        "unreadable": [{name: outcome[name] for name in ("id", "answer", "reply")} for outcome in unreadable],
         "answers": outcomes,
     }
     write_text_atomic(arguments.output, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     print(table(scores))
     if len(read) > len(questions):
         print(f"left out: {len(read) - len(questions)} questions without options")
+    if unreadable:
+        print(f"unreadable, scored as wrong: {len(unreadable)} replies, listed in {arguments.output}; the first is")
+        print(f"  {unreadable[0]['id']}: {unreadable[0]['reply']!r}")
     print(f"wrote {arguments.output}")
     return 0

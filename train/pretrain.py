@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ os.environ.update({"HF_HUB_OFFLINE": "1", "USE_HF": "1", "LOG_LEVEL": "WARNING"}
 
 import deepspeed
 import torch
+from swift.dataloader.shard import DataLoaderShard
 from swift.pipelines.train.sft import SwiftSft
+from swift.utils import to_device
 from torch import Tensor
 from transformers import GenerationConfig, ProgressCallback, Qwen2_5_VLConfig
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -27,14 +29,18 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
 import train.deepspeed_mends  # noqa: F401
+from data.loader_processes import batches
 from data.mixture import Mixture
 from nexus_gen.ar_checkpoint import save_autoregressive
 from nexus_gen.autoregressive import TARGET_INPUTS, LossWeights
 from nexus_gen.specs.artifact import write_text_atomic
+from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import patches_per_side
+from train.checkpoint_files import set_damaged_aside
 from train.message_stream import MessageStream, Quarantine
 from train.metrics import MetricsLogger, latest
 from train.schemas.common import OptimConfig
+from train.schemas.failures import after_death
 from train.schemas.run_directory import CHECKPOINTS, QUARANTINE
 from train.schemas.stages import PretrainConfig
 from train.stage import Stage
@@ -76,6 +82,7 @@ class PretrainStage(Stage[PretrainConfig]):
         checkpoints = self.run_dir / CHECKPOINTS
         if self.rank == 0:
             remove_incomplete_checkpoints(checkpoints)
+            set_damaged_aside(complete_checkpoints(checkpoints), checkpoint_step)
         self.barrier()
         mixture, heldout = self.from_rank_zero(self._mixtures)
         rows = {"train": row_counts(mixture), "heldout": row_counts(heldout)}
@@ -263,11 +270,21 @@ class PretrainPipeline(SwiftSft):
             config.trainer.max_steps if not budget else f"{budget} tokens",
         )
         guard.listen()
+        deaths: list[str] = []
+
+        def on_death(death: str) -> None:
+            deaths.append(death)
+            guard.interrupted = True
+
+        make_loader = trainer.get_train_dataloader
+        trainer.get_train_dataloader = lambda *args, **kwargs: surviving(make_loader(*args, **kwargs), on_death)
         try:
             trainer.train(str(checkpoints[-1]) if checkpoints else None)
         finally:
             metrics.close()
         self.finished = guard.is_last(trainer.state)
+        if deaths and not self.finished:
+            raise UserError(after_death(deaths[0], trainer.state.global_step))
         step, rows = trainer.state.global_step, trainer.state.global_step * config.trainer.global_batch_size
         epochs = rows / self.mixture.epoch_rows
         log.info("trained on %d tokens of %d rows in %d steps, %.2f epochs", guard.tokens_seen, rows, step, epochs)
@@ -299,6 +316,23 @@ class PretrainPipeline(SwiftSft):
             averaged = self.average.gather()  # of what is trained
             weights = {**weights, **averaged} if self.rank == 0 else weights
         return weights
+
+
+class SurvivingLoader(DataLoaderShard):
+    """Swift's loader, whose batches come to the end whatever happens to its processes."""
+
+    on_death: Callable[[str], None]
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in batches(self, self.on_death):
+            yield to_device(batch, self.device) if self.device else batch
+
+
+def surviving(loader: Any, on_death: Callable[[str], None]) -> Any:
+    """The loader as a SurvivingLoader; swift names its class in the middle of its own code."""
+    assert type(loader) is DataLoaderShard
+    loader.__class__, loader.on_death = SurvivingLoader, on_death
+    return loader
 
 
 def schedule_by_tokens(trainer: Any, guard: StepGuard, optim: OptimConfig) -> None:

@@ -22,6 +22,7 @@ from data.mixture import read_dataset
 from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import default_run, results_of
+from nexus_gen.specs.results import check_result
 from train.gain import Gain, gains_of, summary
 from train.metrics import read_metrics
 from train.schemas.run_directory import load_config, timing_of
@@ -165,6 +166,8 @@ def main(argv: list[str]) -> int:
     run = arguments.run
     if arguments.num_samples < 0:
         raise UserError(f"--num-samples is {arguments.num_samples}; it must be 0 or more")
+    output = arguments.output or results_of(run) / "report.html"
+    check_result(output, "--output")
     if not run.is_dir():
         raise UserError(f"{run} is not a run directory; finished runs are under runs/")
     missing = [name for name in LOSSES if not (run / name / "artifact" / MANIFEST).is_file()]
@@ -182,7 +185,6 @@ def main(argv: list[str]) -> int:
     gains = gains_of(run, arguments.against) if arguments.against else []
     from train.report_samples import draw_samples  # loads torch: only once the arguments hold
 
-    output = arguments.output or results_of(run) / "report.html"
     with_start = not missing_start(configs)
     samples = draw_samples(run, rows, arguments.num_samples, arguments.device, with_start)
     render(run, samples, with_start, gains, output)

@@ -1,6 +1,7 @@
 """What a run's models do with held-out rows, before and after training."""
 
 import dataclasses
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 from typing import cast
@@ -16,6 +17,7 @@ from nexus_gen.specs.images import open_image
 from nexus_gen.specs.models import ModelPaths
 from train.decoder_stages import build_initial_decoder
 from train.outcomes import MAX_ANSWER_TOKENS, prompt_of
+from train.progress import progress_bar
 from train.schemas.run_directory import load_config
 from train.schemas.stages import DecoderConfig, PretrainConfig
 
@@ -99,9 +101,18 @@ def first_rows(rows: list[Row], task: str, count: int) -> list[Row]:
 
 def draw_samples(run: Path, rows: list[Row], num_samples: int, device: str, with_start: bool) -> Samples:
     """Paint and answer held-out rows of each task; noise is the same before and after. with_start: see `models`."""
+    shown = {task: first_rows(rows, task, num_samples) for task in ("generation", "understanding", "editing")}
+    with progress_bar(sum(map(len, shown.values())), "report", "row") as bar:
+        return draw_rows(run, shown, device, with_start, bar.update)
+
+
+def draw_rows(
+    run: Path, shown: dict[str, list[Row]], device: str, with_start: bool, done: Callable[[], object]
+) -> Samples:
+    """The samples of the rows of each task. done: called behind each row."""
     untrained, trained = models(run, "generation_decoder", device, with_start)
     generation = []
-    for row in first_rows(rows, "generation", num_samples):
+    for row in shown["generation"]:
         user, reply = (message["content"] for message in row.messages)
         truth = open_image(row.images[0])
         generation.append(
@@ -113,8 +124,9 @@ def draw_samples(run: Path, rows: list[Row], num_samples: int, device: str, with
                 truth=truth,
             )
         )
+        done()
     understanding = []
-    for row in first_rows(rows, "understanding", num_samples):
+    for row in shown["understanding"]:
         user, reply = (message["content"] for message in row.messages)
         images = [open_image(path) for path in row.images]
         understanding.append(
@@ -126,9 +138,10 @@ def draw_samples(run: Path, rows: list[Row], num_samples: int, device: str, with
                 truth=reply,
             )
         )
+        done()
     untrained_editor, editor = models(run, "editing_decoder", device, with_start)
     editing = []
-    for row in first_rows(rows, "editing", num_samples):
+    for row in shown["editing"]:
         user, reply = (message["content"] for message in row.messages)
         source, truth = (open_image(path) for path in row.images)
         frame = Frame.of(source.size, editor.details)
@@ -144,6 +157,7 @@ def draw_samples(run: Path, rows: list[Row], num_samples: int, device: str, with
                 truth=truth,
             )
         )
+        done()
     del untrained, untrained_editor
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

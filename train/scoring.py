@@ -5,7 +5,6 @@ there. Edits compare what is seen with the ground truth of the two scenes. No to
 Source: Ghosh et al. 2023 (GenEval), for the six categories and their rules.
 """
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,9 @@ import numpy as np
 from scipy import ndimage
 
 from data.detector import Detection, Found
+from train.answer_reader import NO, YES, says_number, says_yes, settled
 from train.measures import l1, psnr, ssim
+from train.plain_words import bare, whole_number, without_markup
 
 # category of a caption -> GenEval's tag
 TAGS = {
@@ -33,12 +34,19 @@ Metadata = dict[str, Any]
 
 
 def is_right(answer: str, truth: str) -> bool:
-    """Exact match, but for case, width of characters, surrounding blanks and a full stop at the end."""
+    """Whether an answer says the truth and nothing besides, as a person would read both.
 
-    def plain(words: str) -> str:
-        return unicodedata.normalize("NFKC", words).strip().rstrip(".。").strip().casefold()
-
-    return plain(answer) == plain(truth)
+    Case, width, markup, articles, number words and a sentence around the answer make no difference. Yes and no are read
+    from how an answer begins, and may not be taken back; a number must be the only one.
+    """
+    said, true = without_markup(answer), bare(without_markup(truth))
+    if bare(said) == true:
+        return True
+    if true in YES + NO:
+        return says_yes(bare(said)) is (true in YES)
+    if (number := whole_number(true)) is not None:
+        return says_number(bare(said)) == number
+    return settled(said) == settled(true)
 
 
 def geneval_metadata(truth: dict[str, Any], prompt: str) -> Metadata:

@@ -26,6 +26,7 @@ from nexus_gen.specs.artifact import MANIFEST, Manifest, building, hash_file, se
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.lineage import evaluations_of, parts_of
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths
+from nexus_gen.specs.results import check_result
 from train.schemas.fields import path_values
 from train.schemas.run_directory import TIMING, code_version, timing_of
 from train.schemas.stages import SCHEMAS
@@ -80,6 +81,7 @@ def main(argv: list[str]) -> int:
     if missing:
         raise UserError(f"{run} has not finished {', '.join(missing)}; nexus-gen run pipeline=... goes on from there")
     require_replaceable(output)
+    check_result(output, "--output", directory=True)
     if arguments.num_rows < 0:
         raise UserError(f"--num-rows is {arguments.num_rows}; it must be 0 or more")
     with building(output) as directory:

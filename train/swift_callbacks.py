@@ -28,6 +28,7 @@ from data.messages import TASKS
 from nexus_gen.ar_generation import generated_embeddings
 from nexus_gen.autoregressive import IGNORE_INDEX, NexusGenForConditionalGeneration, NexusGenOutput
 from nexus_gen.specs.errors import UserError
+from train.checkpoint_files import COMPLETE, LISTING, forget_damaged, write_listing
 from train.metrics import MetricsLogger
 from train.schemas.common import HeldoutConfig, TrainerConfig
 from train.weight_average import WeightAverage
@@ -35,7 +36,6 @@ from train.weight_average import WeightAverage
 log = logging.getLogger(__name__)
 
 TOKENS_SEEN = "tokens_seen"  # of a run, in its checkpoints
-COMPLETE = "complete"  # an empty file that is written into a checkpoint when all ranks are done with it
 
 
 class TaskSums:
@@ -234,7 +234,7 @@ class StepGuard:
         self._accumulation = accumulation
         self._micro_batches = start_step * accumulation
         self._sums: torch.Tensor | float = 0.0
-        self._signalled = False
+        self.interrupted = False  # this rank is to stop after the step under way
 
     def listen(self) -> None:
         """Remember a SIGTERM from now on, so that training can finish its step and save."""
@@ -250,7 +250,7 @@ class StepGuard:
         return min(1.0, self.tokens_seen / self.token_budget) if self.token_budget else 0.0
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
+        self.interrupted = True
 
     def on_loss(self, outputs: NexusGenOutput, inputs: dict[str, Any]) -> None:
         """Called after each forward pass; UserError on every rank when a rank's loss is not finite."""
@@ -269,7 +269,7 @@ class StepGuard:
 
     def _agree(self) -> None:
         assert isinstance(self._sums, torch.Tensor)
-        facts = torch.cat([self._sums, self._sums.new_tensor([float(self._signalled)])])
+        facts = torch.cat([self._sums, self._sums.new_tensor([float(self.interrupted)])])
         self._sums = 0.0
         torch.distributed.all_reduce(facts)
         num_micro_batches = self._accumulation * torch.distributed.get_world_size()
@@ -427,9 +427,10 @@ class StepCheckpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         torch.distributed.barrier()
+        write_listing(path := checkpoint_path(self._directory, state.global_step))
         if state.is_world_process_zero:
-            path = checkpoint_path(self._directory, state.global_step)
             (path / COMPLETE).touch()
+            forget_damaged(self._directory)
             for old in complete_checkpoints(self._directory)[: -self._config.keep_checkpoints]:
                 shutil.rmtree(old)
             log.info("checkpoint %s", path.name)
@@ -453,10 +454,9 @@ def tokens_seen(checkpoint: Path) -> int:
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints that were written to the end, oldest first."""
-    return sorted(
-        (mark.parent for mark in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")), key=checkpoint_step
-    )
+    """Checkpoints that were written to the end, oldest first; those of earlier versions are marked COMPLETE alone."""
+    marks = [mark for name in (COMPLETE, LISTING) for mark in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{name}")]
+    return sorted({mark.parent for mark in marks}, key=checkpoint_step)
 
 
 def remove_incomplete_checkpoints(directory: Path) -> None:

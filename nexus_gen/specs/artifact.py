@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.results import aside
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -89,11 +90,8 @@ def hash_file(path: str | os.PathLike[str]) -> str:
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Write a file so that readers see the old text or the new, never half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with aside(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def seal(directory: Path, manifest: Manifest, known: Mapping[str, str] | None = None) -> None:
@@ -113,18 +111,24 @@ def seal(directory: Path, manifest: Manifest, known: Mapping[str, str] | None = 
 
 
 @contextmanager
-def building(directory: str | os.PathLike[str], keep_partial: bool = False) -> Iterator[Path]:
+def building(directory: str | os.PathLike[str], keep_partial: bool = False, resumable: bool = False) -> Iterator[Path]:
     """Yield `<directory>.partial` to fill; on success it replaces `directory`, on failure the old one stays.
 
-    keep_partial: start from what an interrupted run left there instead of from nothing. Single process only; a
-    stage of several processes lets rank zero enter and leave.
+    keep_partial: start from what an interrupted run left there instead of from nothing. resumable: leave there what a
+    failure interrupts, which is removed otherwise. Single process only; a stage of several processes lets rank zero
+    enter and leave.
     """
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".partial")
     if partial.exists() and not keep_partial:
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        if not (resumable or keep_partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     replaced = directory.with_name(directory.name + ".replaced")
     if replaced.exists():
         shutil.rmtree(replaced)

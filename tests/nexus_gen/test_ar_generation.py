@@ -12,8 +12,10 @@ from nexus_gen.ar_checkpoint import load_autoregressive, load_vision_tower
 from nexus_gen.ar_generation import (
     PositionsAfterImage,
     Sampling,
+    _end_tokens,
     generate_reply,
     generated_embeddings,
+    reply_text,
     teacher_forced_pairs,
     vision_embeddings,
 )
@@ -195,6 +197,47 @@ def test_teacher_forcing_gives_what_generation_gave(model: NexusGenForConditiona
     }
     ((embeds, _),) = teacher_forced_pairs(model, batch)
     assert_near(embeds, case["output_image_embeddings"][0])
+
+
+def test_teacher_forcing_of_a_batch_without_targets_gives_nothing(model: NexusGenForConditionalGeneration) -> None:
+    case = load_file(GOLDEN / "train_mixed.safetensors")
+    keys = ("input_ids", "attention_mask", "labels", "pixel_values", "image_grid_thw")
+    batch = {key: case[key] for key in keys} | {"labels": torch.full_like(case["labels"], -100)}
+    assert teacher_forced_pairs(model, batch) == []
+    text = torch.tensor([[5, 6, 7]])
+    assert teacher_forced_pairs(model, {"input_ids": text, "labels": text}) == []  # without pictures at all
+
+
+class Bytes:
+    """A tokenizer of UTF-8's bytes."""
+
+    def decode(self, tokens: Tensor, skip_special_tokens: bool) -> str:
+        return bytes(token for token in tokens.tolist() if token < 256).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(
+    ("words", "cut", "read"),
+    [
+        ("三角形", 1, "三角"),
+        ("三角形", 2, "三角"),
+        ("三角形", 3, "三角"),
+        ("a 🙂", 2, "a"),
+        ("a 🙂", 0, "a 🙂"),
+        ("é", 1, ""),
+    ],
+)
+def test_a_reply_ends_with_a_whole_character(
+    words: str, cut: int, read: str, model: NexusGenForConditionalGeneration
+) -> None:
+    data = words.encode()
+    assert reply_text(Bytes(), model, torch.tensor(list(data[: len(data) - cut]))) == read
+
+
+def test_a_reply_that_came_to_its_end_is_not_cut(model: NexusGenForConditionalGeneration) -> None:
+    end = _end_tokens(model)[0].pop()
+    data = [*"a\ufffd".encode(), *([end] if end >= 256 else [])]
+    assert reply_text(Bytes(), model, torch.tensor(data)) == "a\ufffd"
+    assert reply_text(Bytes(), model, torch.tensor([], dtype=torch.long)) == ""
 
 
 def test_teacher_forcing_splits_the_images_of_a_batch(model: NexusGenForConditionalGeneration) -> None:

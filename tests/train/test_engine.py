@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 from itertools import islice
@@ -217,6 +218,25 @@ def test_a_stage_trains_as_a_plain_loop_does_and_writes_its_artifact(inputs: Pat
         torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-5, msg=name)
     checkpoints = complete_checkpoints(made.run_dir / "checkpoints")
     assert [checkpoint_step(path) for path in checkpoints] == [4, 5]
+    # With the newest checkpoint damaged, the stage trains on from the one before it and makes the same weights.
+    shutil.rmtree(made.artifact_dir)
+    largest = max((path for path in checkpoints[-1].rglob("*.pt")), key=lambda path: path.stat().st_size)
+    os.truncate(largest, 100)
+    again = subprocess.run(
+        worker_command(made.launch, prepare(made, identity(made))),
+        env={**os.environ, **worker_environment(made.launch)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert again.returncode == 0 and "Traceback" not in again.stderr, again.stderr
+    assert f"{checkpoints[-1]} is damaged" in again.stderr and "repeats 1 steps" in again.stderr
+    load_decoder(trained, made.artifact_dir / "generation_decoder.safetensors")
+    for name, tensor in trained.state_dict().items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-5, msg=name)
+    assert sorted(path.name for path in (made.run_dir / "checkpoints").glob("*step_*")) == [
+        path.name for path in checkpoints
+    ]
 
 
 def test_half_written_checkpoints_are_not_resumed(tmp_path: Path) -> None:

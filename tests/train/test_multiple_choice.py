@@ -13,7 +13,8 @@ from pyarrow import parquet
 from data.records import read_records
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import open_image
-from train.multiple_choice import Question, parse_letter, read_question, scores_of
+from train.letter_reader import parse_letter
+from train.multiple_choice import Question, read_question, scores_of
 
 OPTIONS = {"A": "a circle", "B": "two", "C": "-3 m/s", "D": "None of the above"}
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from data.detector import Detection, Found, detect
 from data.messages import Row, read_rows
-from data.scenes import Scene, Thing, draw
-from data.shape_contents import CAPTIONS, EDITS, QUESTIONS
+from data.scenes import CELLS, COLOURS, SHAPES, Scene, Thing, draw, name, renamed
+from data.shape_contents import CAPTIONS, CHINESE_SIDES, EDITS, QUESTIONS, YES_NO
 from data.shapes import DEFAULTS, draw_rows
 from nexus_gen.specs.images import open_image
 from train.outcomes import judge_answer, judge_editing, judge_generation, judge_reconstruction, scores_of
@@ -43,8 +43,8 @@ def test_true_pictures_and_answers_score_everything(rows: list[Row]) -> None:
     for task, kinds in {"understanding": QUESTIONS, "generation": CAPTIONS, "editing": EDITS}.items():
         for kind in (*kinds, "overall", "en/overall", "zh/overall"):
             assert scores[f"{task}/{kind}"].value == 1.0, (task, kind)
-    for name in ("generation/exact_scene", "generation/ground", "generation/texture", "editing/kept"):
-        assert scores[name].value == 1.0, name
+    for score in ("generation/exact_scene", "generation/ground", "generation/texture", "editing/kept"):
+        assert scores[score].value == 1.0, score
     assert scores["editing/right_and_kept"].value == 1.0
     assert (scores["editing/outside_psnr"].value, scores["editing/outside_l1"].value) == (100.0, 0.0)
     assert scores["reconstruction/generation_decoder/psnr"].value == 100.0
@@ -170,6 +170,219 @@ def test_sides_of_objects() -> None:
 )
 def test_answers_match_exactly_but_for_case_and_width(answer: str, truth: str, right: bool) -> None:
     assert is_right(answer, truth) is right
+
+
+# true answer -> answers that say it, and answers that do not
+SAYS: dict[str, tuple[str, ...]] = {
+    "red": (
+        "Red",
+        "It is red.",
+        "The colour of the circle is red.",
+    ),
+    "top left": (
+        " top left. ",
+        "at the top left",
+        "Top-left corner.",
+        "top left of the picture",
+    ),
+    "没有": (
+        "没有。",
+        "没",
+        "图中没有红色圆形",
+        "不是",
+        "否",
+    ),
+    "3": (
+        "３",
+        "three",
+        "There are three shapes.",
+        "三",
+        "三个",
+        "图中有三个三角形",
+        "Three.",
+        "3 (2 circles and 1 square)",
+        "一共有3个",
+        "**3**",
+    ),
+    "circle": ("It's a circle",),
+    "红色": (
+        "红",
+        "红色的。",
+        "它是红色的。",
+    ),
+    "圆形": (
+        "圆",
+        "是圆形",
+    ),
+    "左上角": (
+        "左上",
+        "左上方",
+        "左上方。",
+    ),
+    "左边": (
+        "在左边",
+        "左面",
+    ),
+    "left": (
+        "on the left",
+        "to the left",
+    ),
+    "yes": (
+        "Yes, there is a red circle.",
+        "yes",
+        "There is a red circle.",
+        "<think>hm</think>yes",
+    ),
+    "no": (
+        "No.",
+        "No, there isn't.",
+        "There is no red circle.",
+    ),
+    "有": (
+        "有的",
+        "有，图中有红色圆形",
+        "是的",
+    ),
+    "grey": ("gray",),
+    "12": ("十二",),
+    "2": (
+        "两个",
+        "Two triangles",
+        "两个三角形",
+    ),
+    "0": (
+        "none",
+        "zero",
+    ),
+    "a triangle": ("triangle",),
+    "三角形": (
+        "三角形",
+        "三角",
+    ),
+    "4": ("I see 4 objects",),
+    "5": ("the answer is five",),
+    "centre": (
+        "centre",
+        "in the centre",
+    ),
+    "中间": ("中间",),
+    "above": ("above",),
+    "上面": ("上方",),
+    "green": (
+        "green.",
+        "color: green",
+    ),
+    "五": (
+        "五",
+        "5",
+    ),
+    "十字": (
+        "十字",
+        "十字形",
+    ),
+}
+SAYS_NOT: dict[str, tuple[str, ...]] = {
+    "red": (
+        "red circle",
+        "not red",
+        "red or blue",
+        "blue",
+        "dark red",
+        "a horse",
+        "",
+        "the",
+        "it is",
+    ),
+    "no": (
+        "",
+        "yes and no",
+        "maybe",
+        "a horse",
+        "I cannot tell",
+        "I don't know",
+    ),
+    "左上角": (
+        "左边",
+        "左",
+    ),
+    "3": (
+        "3 or 4",
+        "2 circles and 1 square",
+        "more than 3",
+        "at least 3",
+        "13",
+        "3.5",
+        "三角形",
+        "30",
+        "三十",
+        "a horse",
+        "No",
+        "it is not 3",
+    ),
+    "2": ("2 circles and 1 square",),
+    "yes": (
+        "yes and no",
+        "no",
+        "I cannot tell",
+        "maybe",
+        "red",
+        "a horse",
+    ),
+    "有": (
+        "有没有",
+        "没有",
+        "a horse",
+    ),
+    "没有": (
+        "有没有",
+        "有",
+        "a horse",
+        "不知道",
+        "无法判断",
+        "不确定",
+    ),
+    "right": ("left",),
+    "left": ("top left",),
+    "top left": ("left",),
+    "三角形": ("三",),
+    "红色": (
+        "蓝",
+        "是",
+    ),
+    "方形": ("圆",),
+    "深红色": ("红色",),
+    "5": ("五角星",),
+    "10": ("十字",),
+    "圆环": ("圆形",),
+    "下方": ("上方",),
+    "4": ("四边形",),
+    "左边": ("不在左边",),
+}
+
+
+@pytest.mark.parametrize("truth", SAYS)
+def test_answers_that_say_the_truth_are_right(truth: str) -> None:
+    assert [answer for answer in SAYS[truth] if not is_right(answer, truth)] == []
+
+
+@pytest.mark.parametrize("truth", SAYS_NOT)
+def test_answers_that_say_something_else_are_wrong(truth: str) -> None:
+    assert [answer for answer in SAYS_NOT[truth] if is_right(answer, truth)] == []
+
+
+def test_only_its_own_answer_is_right_of_the_answers_of_the_dataset() -> None:
+    for language in ("en", "zh"):
+        answers = [*(str(number) for number in range(1, 7)), *YES_NO[language]]
+        answers += [name(word, language) for word in (*COLOURS, *SHAPES, *CELLS)]
+        answers += [renamed(name(word, language), language) for word in (*COLOURS, *SHAPES)]
+        answers += ["left", "right", "above", "below"] if language == "en" else list(CHINESE_SIDES.values())
+        right = {(one, other) for one in answers for other in answers if is_right(one, other)}
+        assert {pair for pair in right if pair[0] != pair[1]} <= {
+            ("上面", "上方"),
+            ("上方", "上面"),
+            ("下面", "下方"),
+            ("下方", "下面"),
+        }
 
 
 def edited(
