@@ -11,6 +11,7 @@ from torch import nn
 from nexus_gen.flux import FluxTransformer
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry
+from nexus_gen.specs.kinds import TITLES, kind_of
 from nexus_gen.specs.layouts import (
     RELEASED_PREFIX,
     Layout,
@@ -18,6 +19,8 @@ from nexus_gen.specs.layouts import (
     flux_sources,
     vae_sources,
 )
+from nexus_gen.specs.models import DECODER_KINDS
+from nexus_gen.specs.weight_files import flux_part
 from nexus_gen.tensor_files import TensorFiles, save_tensors
 from nexus_gen.translation import load_strictly, translate
 from nexus_gen.vae import FluxVae
@@ -33,8 +36,8 @@ def load_flux(
     In a FLUX.1-dev directory `flux1-dev.safetensors` is read, or else `transformer/`.
     Raises UserError when the weights do not fit the geometry exactly.
     """
-    files = TensorFiles(component(Path(path), "flux1-dev.safetensors", "transformer"), device)
-    layout = detect_layout(files, {"bfl": "double_blocks.", "diffusers": "transformer_blocks.", "nexus-gen": "blocks."})
+    files = TensorFiles(flux_part(Path(path), "transformer"), device)
+    layout = layout_of(files, "flux")
     with torch.device("meta"):
         model = FluxTransformer(geometry)
     load_strictly(model, files, flux_sources(model.state_dict(), layout), dtype)
@@ -55,10 +58,8 @@ def load_vae(
     In a FLUX.1-dev directory `ae.safetensors` is read, or else `vae/`.
     Raises UserError when the weights do not fit the geometry exactly.
     """
-    files = TensorFiles(component(Path(path), "ae.safetensors", "vae"), device)
-    layout = detect_layout(
-        files, {"bfl": "encoder.down.", "diffusers": "encoder.down_blocks.", "nexus-gen": "encoder.blocks."}
-    )
+    files = TensorFiles(flux_part(Path(path), "autoencoder"), device)
+    layout = layout_of(files, "vae")
     with torch.device("meta"):
         model = FluxVae(geometry)
     load_strictly(model, files, vae_sources(model.state_dict(), geometry, layout), dtype)
@@ -83,7 +84,7 @@ def load_decoder(
         device = next(model.parameters()).device
         device = torch.device("cpu") if device.type == "meta" else device
     files = TensorFiles(path, device)
-    layout: Layout = "nexus-gen" if any(key.startswith(OURS_PREFIX) for key in files) else "released"
+    layout = layout_of(files, *DECODER_KINDS)
     load_strictly(model, files, decoder_sources(model.state_dict(), layout), dtype)
 
 
@@ -93,9 +94,9 @@ def load_decoder_transformer(model: FluxTransformer, path: str | Path, dtype: to
     Raises UserError when the weights do not fit the model exactly.
     """
     files = TensorFiles(path)
-    ours = any(key.startswith(OURS_PREFIX) for key in files)
-    sources = decoder_sources((OURS_PREFIX + key for key in model.state_dict()), "nexus-gen" if ours else "released")
-    prefix = OURS_PREFIX if ours else RELEASED_PREFIX
+    layout = layout_of(files, *DECODER_KINDS)
+    sources = decoder_sources((OURS_PREFIX + key for key in model.state_dict()), layout)
+    prefix = OURS_PREFIX if layout == "nexus-gen" else RELEASED_PREFIX
     load_strictly(
         model,
         files,
@@ -111,18 +112,10 @@ def save_decoder(model: nn.Module, path: str | Path) -> None:
     save_tensors(translate(state, decoder_sources(state)), path)
 
 
-def component(path: Path, file_name: str, directory_name: str) -> Path:
-    """The part of a FLUX.1-dev directory that is asked for, or `path` itself when it is that part already."""
-    for candidate in (path / file_name, path / directory_name):
-        if candidate.exists():
-            return candidate
-    return path
-
-
-def detect_layout(files: TensorFiles, signs: dict[Layout, str]) -> Layout:
-    """The layout by a prefix of its keys; UserError when none occurs."""
-    for layout, prefix in signs.items():
-        if any(key.startswith(prefix) for key in files):
-            return layout
-    named = " or ".join(f"{prefix} ({layout})" for layout, prefix in signs.items())
-    raise UserError(f"{files.path} has no keys that start with {named}")
+def layout_of(files: TensorFiles, *kinds: str) -> Layout:
+    """The layout of files that must be of one of `kinds`; UserError when they are something else."""
+    kind, layout = kind_of(files, files.path)
+    if kind not in kinds:
+        wanted = " or ".join(TITLES[each] for each in kinds)
+        raise UserError(f"{files.path} holds a {TITLES[kind]} where a {wanted} is needed")
+    return layout
