@@ -17,13 +17,14 @@ from torch import Tensor
 
 from nexus_gen.autoregressive import TARGET_INPUTS, NexusGenForConditionalGeneration
 from nexus_gen.compat import ensure_torchvision
+from nexus_gen.preflight import require_autoregressive
 from nexus_gen.pretrained import load_pretrained
 from nexus_gen.specs.artifact import building, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import MERGE_SIZE, RELEASED_TARGET_TOKENS, LanguageGeometry, VisionGeometry
 from nexus_gen.specs.layouts import ADDED_KEYS, PREFILL_KEY, Source, autoregressive_sources
 from nexus_gen.specs.processor_files import processor_directory
-from nexus_gen.specs.shapes import Weights, read_config, recognise
+from nexus_gen.specs.shapes import read_config
 from nexus_gen.tensor_files import TensorFiles
 from nexus_gen.translation import load_strictly
 
@@ -165,7 +166,7 @@ def load_autoregressive(
     directory = Path(path)
     config = load_config(directory)
     files = TensorFiles(directory, device)
-    weights = require_whole(directory, files)
+    weights = require_autoregressive(directory, {key: files.header(key).shape for key in files})
     config.num_target_tokens = weights.shapes.get(PREFILL_KEY, (num_target_tokens,))[0]
     # By the names on disk, so that what is saved has them again, whatever the layout that was read.
     on_disk = autoregressive_sources(weights.shapes, "released")
@@ -261,20 +262,6 @@ def load_generation_config(directory: Path, config: Qwen2_5_VLConfig) -> Generat
         return GenerationConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{directory / GENERATION_CONFIG_NAME} is not readable ({error}); copy it again") from error
-
-
-def require_whole(directory: Path, files: TensorFiles) -> Weights:
-    """What a checkpoint's headers say; UserError when they do not fit its config.json."""
-    shapes = {key: files.header(key).shape for key in files}
-    weights = recognise(shapes, directory, read_config(directory))
-    problems = weights.differences.sentences()
-    if weights.kind != "autoregressive":
-        raise UserError(f"{directory} holds a {weights.kind}; give the directory of a Qwen2.5-VL model")
-    if problems:
-        raise UserError(
-            f"the weights in {directory} do not fit its config.json: {', '.join(problems)}; copy them again"
-        )
-    return weights
 
 
 @torch.no_grad()

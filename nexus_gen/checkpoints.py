@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from nexus_gen.flux import FluxTransformer
-from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry
-from nexus_gen.specs.kinds import TITLES, kind_of
+from nexus_gen.specs.kinds import require_kind
 from nexus_gen.specs.layouts import (
     RELEASED_PREFIX,
     Layout,
@@ -37,7 +36,7 @@ def load_flux(
     Raises UserError when the weights do not fit the geometry exactly.
     """
     files = TensorFiles(flux_part(Path(path), "transformer"), device)
-    layout = layout_of(files, "flux")
+    layout = require_kind(files, files.path, "flux")
     with torch.device("meta"):
         model = FluxTransformer(geometry)
     load_strictly(model, files, flux_sources(model.state_dict(), layout), dtype)
@@ -59,7 +58,7 @@ def load_vae(
     Raises UserError when the weights do not fit the geometry exactly.
     """
     files = TensorFiles(flux_part(Path(path), "autoencoder"), device)
-    layout = layout_of(files, "vae")
+    layout = require_kind(files, files.path, "vae")
     with torch.device("meta"):
         model = FluxVae(geometry)
     load_strictly(model, files, vae_sources(model.state_dict(), geometry, layout), dtype)
@@ -84,7 +83,7 @@ def load_decoder(
         device = next(model.parameters()).device
         device = torch.device("cpu") if device.type == "meta" else device
     files = TensorFiles(path, device)
-    layout = layout_of(files, *DECODER_KINDS)
+    layout = require_kind(files, files.path, *DECODER_KINDS)
     load_strictly(model, files, decoder_sources(model.state_dict(), layout), dtype)
 
 
@@ -94,7 +93,7 @@ def load_decoder_transformer(model: FluxTransformer, path: str | Path, dtype: to
     Raises UserError when the weights do not fit the model exactly.
     """
     files = TensorFiles(path)
-    layout = layout_of(files, *DECODER_KINDS)
+    layout = require_kind(files, files.path, *DECODER_KINDS)
     sources = decoder_sources((OURS_PREFIX + key for key in model.state_dict()), layout)
     prefix = OURS_PREFIX if layout == "nexus-gen" else RELEASED_PREFIX
     load_strictly(
@@ -110,12 +109,3 @@ def save_decoder(model: nn.Module, path: str | Path) -> None:
     """Write a GenerationDecoder or EditingDecoder in the released layout: `.safetensors`, or `.bin` as published."""
     state = model.state_dict()
     save_tensors(translate(state, decoder_sources(state)), path)
-
-
-def layout_of(files: TensorFiles, *kinds: str) -> Layout:
-    """The layout of files that must be of one of `kinds`; UserError when they are something else."""
-    kind, layout = kind_of(files, files.path)
-    if kind not in kinds:
-        wanted = " or ".join(TITLES[each] for each in kinds)
-        raise UserError(f"{files.path} holds a {TITLES[kind]} where a {wanted} is needed")
-    return layout

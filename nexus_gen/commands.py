@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nexus_gen.preflight import require_loadable
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run
 from nexus_gen.specs.prompts import LANGUAGES
@@ -88,13 +89,15 @@ def check(command: str, arguments: argparse.Namespace) -> ModelPaths:
     if command != "understand":
         generation = command == "generate" or arguments.use_generation_decoder
         decoder = DECODER_KINDS[0] if generation else DECODER_KINDS[1]
-    return ModelPaths.find(
+    paths = ModelPaths.find(
         arguments.run,
         decoder=decoder,
         autoregressive=arguments.autoregressive,
         decoder_path=getattr(arguments, "decoder", None),
         flux=getattr(arguments, "flux", None),
     )
+    require_loadable(paths, getattr(arguments, "cfg_scale", None))
+    return paths
 
 
 def save_atomic(image: "Image", path: Path) -> None:

@@ -71,6 +71,15 @@ def kind_of(names: Iterable[str], where: Path) -> tuple[Kind, Layout]:
     raise UserError(f"{where} holds no model known here; its first keys are {first_of(names) or 'none'}")
 
 
+def require_kind(names: Iterable[str], where: Path, *kinds: str) -> Layout:
+    """The layout of a file that must be of one of `kinds`; UserError when it is something else."""
+    kind, layout = kind_of(names, where)
+    if kind not in kinds:
+        wanted = " or ".join(TITLES[each] for each in kinds)
+        raise UserError(f"{where} holds a {TITLES[kind]} where a {wanted} is needed")
+    return layout
+
+
 def signs_in(names: Iterable[str]) -> tuple[Kind, Layout] | None:
     prefixes = {key[:end] for key in names for end in range(len(key)) if key[end - 1 : end] == "."}
     signs = ((kind, layout) for sign, kind, layout in SIGNS if all(part in prefixes for part in sign.split()))

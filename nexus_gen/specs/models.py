@@ -129,11 +129,12 @@ def decoder_artifact(path: Path) -> tuple[Path, Manifest] | None:
 
     A link counts as what it leads to.
     """
-    for directory in [path] if path.is_dir() else [path.parent, path.resolve().parent]:
+    for place in (path, path.resolve()):
+        directory = place if place.is_dir() else place.parent
         if (directory / MANIFEST).is_file():
             manifest = Manifest.load(directory)
             if manifest.kind in DECODER_FILES:
-                return (directory / DECODER_FILES[manifest.kind] if path.is_dir() else path), manifest
+                return (place / DECODER_FILES[manifest.kind] if place.is_dir() else place), manifest
     return None
 
 
