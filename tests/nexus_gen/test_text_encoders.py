@@ -145,9 +145,7 @@ def test_surplus_and_contradicting_tensors_are_refused(flux_dir, tmp_path):
     with pytest.raises(UserError, match=r"1 unexpected key \(encoder\.embed_tokens\.weight\)"):
         encode_context(copy, "", torch.float32)
     rewritten(clip, lambda tensors: {**tensors, "visual_projection.weight": torch.zeros(2), "a": torch.zeros(1)})
-    with pytest.raises(
-        UserError, match=r"does not fit .*2 unexpected keys \(a, visual_projection\.weight"
-    ):
+    with pytest.raises(UserError, match=r"does not fit .*2 unexpected keys \(a, visual_projection\.weight"):
         encode_pooled(copy, "", torch.float32)
 
 

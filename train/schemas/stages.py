@@ -49,6 +49,7 @@ from train.schemas.common import (
     positive,
     share,
 )
+from train.schemas.initial_decoder import require_initial_decoder
 
 log = logging.getLogger(__name__)
 
@@ -530,6 +531,7 @@ class DecoderConfig(StageConfig):
             num_reference_tokens=self.num_reference_tokens,
             latent_shape=[self.model.vae.latent_channels, side, side],
         )
+        require_initial_decoder(self)
         num_samples = sum(shard["samples"] for shard in manifest.details["splits"]["train"])
         require_global_batch(self.shards, "train", num_samples, self.trainer.global_batch_size)
 
