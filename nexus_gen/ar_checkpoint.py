@@ -17,10 +17,10 @@ from torch import Tensor
 
 from nexus_gen.autoregressive import TARGET_INPUTS, NexusGenForConditionalGeneration
 from nexus_gen.compat import ensure_torchvision
-from nexus_gen.preflight import require_autoregressive
 from nexus_gen.pretrained import load_pretrained
 from nexus_gen.specs.artifact import building, write_text_atomic
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.fit import require_autoregressive
 from nexus_gen.specs.geometry import MERGE_SIZE, RELEASED_TARGET_TOKENS, LanguageGeometry, VisionGeometry
 from nexus_gen.specs.layouts import ADDED_KEYS, PREFILL_KEY, Source, autoregressive_sources
 from nexus_gen.specs.processor_files import processor_directory

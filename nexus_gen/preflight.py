@@ -9,21 +9,18 @@ from typing import Any
 
 from nexus_gen.inspection import headers_of
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.fit import require_autoregressive, require_same, require_vae
 from nexus_gen.specs.geometry import FluxGeometry, ProjectorGeometry, VaeGeometry
-from nexus_gen.specs.kinds import TITLES, require_kind
-from nexus_gen.specs.layouts import Shape, decoder_sources, vae_sources
+from nexus_gen.specs.kinds import require_kind
+from nexus_gen.specs.layouts import decoder_sources
 from nexus_gen.specs.models import RELEASED, ModelPaths
 from nexus_gen.specs.processor_files import missing_processor_files
 from nexus_gen.specs.shapes import (
-    Differences,
     Shapes,
-    Weights,
     differences,
     editing_decoder_shapes,
     generation_decoder_shapes,
     read_config,
-    recognise,
-    vae_shapes,
 )
 from nexus_gen.specs.text_shapes import FOLDERS, TextEncoder, text_weights
 from nexus_gen.specs.weight_files import flux_part
@@ -48,25 +45,13 @@ def require_loadable(paths: ModelPaths, cfg_scale: float | None = 1.0) -> None:
             f"{directory} makes embeddings of width {width} and {paths.decoder} paints from width {embed_dim}; give "
             "the language model and the decoder of one run"
         )
-    require_vae(paths.flux, VaeGeometry(**paths.details["vae"]))
+    vae = flux_part(paths.flux, "autoencoder")
+    require_vae(vae, headers_of(vae).shapes, VaeGeometry(**paths.details["vae"]))
     flux = paths.details["transformer"]
     require_text_encoder("CLIP", paths.flux, flux["pooled_dim"])
     scale = paths.details["sampling"]["cfg_scale"] if cfg_scale is None else cfg_scale
     if scale != 1 or (paths.flux / FOLDERS["T5"][0]).is_dir():
         require_text_encoder("T5", paths.flux, flux["context_dim"])
-
-
-def require_autoregressive(directory: Path, shapes: Mapping[str, Shape]) -> Weights:
-    """What a checkpoint's headers say; UserError when they do not fit its config.json."""
-    weights = recognise(shapes, directory, read_config(directory))
-    if weights.kind != "autoregressive":
-        raise UserError(f"{directory} holds a {TITLES[weights.kind]}; give the directory of a Qwen2.5-VL model")
-    problems = weights.differences.sentences()
-    if problems:
-        raise UserError(
-            f"the weights in {directory} do not fit its config.json: {', '.join(problems)}; copy them again"
-        )
-    return weights
 
 
 def require_decoder(kind: str, path: Path, details: Mapping[str, Any]) -> None:
@@ -87,14 +72,6 @@ def require_decoder(kind: str, path: Path, details: Mapping[str, Any]) -> None:
     require_same(path, differences(file, shapes, decoder_sources(shapes, layout)), remedy)
 
 
-def require_vae(flux_dir: Path, geometry: VaeGeometry) -> None:
-    path = flux_part(flux_dir, "autoencoder")
-    file, shapes = headers_of(path).shapes, vae_shapes(geometry)
-    layout = require_kind(file, path, "vae")
-    found = differences(file, shapes, vae_sources(shapes, geometry, layout))
-    require_same(path, found, "give the FLUX.1-dev directory that the decoder was trained with")
-
-
 def require_text_encoder(encoder: TextEncoder, flux_dir: Path, width: int) -> None:
     """width: of its output, as the decoder takes it."""
     path = flux_dir / FOLDERS[encoder][0]
@@ -107,8 +84,3 @@ def require_text_encoder(encoder: TextEncoder, flux_dir: Path, width: int) -> No
             f"{path} is {weights.width} wide and the decoder takes {width}; give the FLUX.1-dev directory that the "
             "decoder was trained with"
         )
-
-
-def require_same(path: Path, found: Differences, remedy: str) -> None:
-    if problems := found.sentences():
-        raise UserError(f"{path} does not fit: {', '.join(problems)}; {remedy}")

@@ -12,7 +12,7 @@ from nexus_gen.specs.artifact import MANIFEST, Manifest
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, LanguageGeometry, VisionGeometry
 from nexus_gen.specs.shapes import target_tokens
-from nexus_gen.specs.tensor_headers import read_headers
+from nexus_gen.specs.tensor_headers import read_checkpoint
 from nexus_gen.specs.weight_files import BIN, SAFETENSORS, has_weights
 
 SHIPPED_RUN = Path(__file__).parents[2] / "weights" / "shapes"  # of the checkout
@@ -218,7 +218,7 @@ def target_tokens_of(autoregressive: Path) -> int | None:
     """
     if not has_weights(autoregressive):
         return None
-    return target_tokens({key: header.shape for key, (_, header) in read_headers(autoregressive).items()})
+    return target_tokens(read_checkpoint(autoregressive).shapes)
 
 
 def trained_details(autoregressive: Path) -> dict[str, Any]:

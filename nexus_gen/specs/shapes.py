@@ -394,9 +394,9 @@ def read_config(directory: Path) -> dict[str, Any] | None:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not a readable model config ({error}); copy it again") from error
+        raise UserError(f"{path} is not readable ({error}); copy it again") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} is not a readable model config (no JSON object); copy it again")
+        raise UserError(f"{path} holds no JSON object; copy it again")
     how = config.get("quantization_config") or config.get("compression_config")
     if how:
         method = how.get("quant_method") if isinstance(how, dict) else how

@@ -97,6 +97,10 @@ class Checkpoint:
     tensors: dict[str, tuple[Path, TensorHeader]]
     wrappers: list[str]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, (_, tensor) in self.tensors.items()}
+
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """The tensors of a safetensors file or of a directory of them.
@@ -133,8 +137,3 @@ def require_plain(path: Path, dtypes: Mapping[str, str]) -> tuple[dict[str, str]
     if how is not None:
         raise UserError(f"{path} is quantised ({how}), which is not read here; {UNQUANTISED}")
     return plain, wrappers
-
-
-def read_headers(path: Path) -> dict[str, tuple[Path, TensorHeader]]:
-    """The tensors of `read_checkpoint`."""
-    return read_checkpoint(path).tensors

@@ -15,7 +15,7 @@ from nexus_gen.convert import convert
 from nexus_gen.inspection import inspect
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.processor_files import image_processor_config, missing_processor_files
-from nexus_gen.specs.tensor_headers import read_headers
+from nexus_gen.specs.tensor_headers import read_checkpoint
 from nexus_gen.specs.weight_files import weight_files
 from nexus_gen.tensor_files import TensorFiles
 
@@ -55,7 +55,7 @@ def test_what_is_read_and_what_is_left_alone(tmp_path: Path, names: list[str], r
     write(tmp_path, *names)
     found = weight_files(tmp_path)
     assert [file.name for file in found.files] == read and found.unread == unread
-    assert set(read_headers(tmp_path)) == set(TensorFiles(tmp_path)) == {f"{name} t" for name in read}
+    assert set(read_checkpoint(tmp_path).shapes) == set(TensorFiles(tmp_path)) == {f"{name} t" for name in read}
 
 
 @pytest.mark.parametrize(
