@@ -4,7 +4,6 @@ No torch and no model: a million rows are measured in the time that a loader wou
 tests/train holds the lengths equal to those of the training template.
 """
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from data.messages import Row
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import MERGE_SIZE, RELEASED_TARGET_TOKENS
 from nexus_gen.specs.images import PictureSizing
+from nexus_gen.specs.processor_files import image_processor_config, processor_directory
 from nexus_gen.specs.prompts import IMAGE_TAG
 
 if TYPE_CHECKING:
@@ -115,17 +115,17 @@ def row_pieces(messages: list[dict[str, str]]) -> list[str]:
 
 def read_patch_size(qwen: Path) -> int:
     """Pixels per side of a vision patch, from the config of the image processor or of the whole processor."""
+    found = image_processor_config(qwen)
+    if found is None:
+        raise UserError(
+            f"{qwen} holds no preprocessor_config.json; give a Qwen2.5-VL directory with its processor "
+            "(model.qwen, or --model)"
+        )
+    path, values = found
     try:
-        for name in ("preprocessor_config.json", "processor_config.json"):
-            if (qwen / name).is_file():
-                values = json.loads((qwen / name).read_text(encoding="utf-8"))
-                return int(values.get("image_processor", values)["patch_size"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{qwen / name} gives no patch_size ({error!r}); download it again") from error
-    raise UserError(
-        f"{qwen} holds no preprocessor_config.json; give a Qwen2.5-VL directory with its processor "
-        "(model.qwen, or --model)"
-    )
+        return int(values["patch_size"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} gives no patch_size ({error!r}); download it again") from error
 
 
 def load_tokenizer(qwen: Path) -> "Tokenizer":
@@ -134,7 +134,7 @@ def load_tokenizer(qwen: Path) -> "Tokenizer":
     )
     from tokenizers import Tokenizer
 
-    path = qwen / "tokenizer.json"
+    path = processor_directory(qwen) / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a Qwen2.5-VL directory with its tokenizer")
     try:

@@ -16,20 +16,23 @@ import torch
 from torch import Tensor
 
 from nexus_gen.autoregressive import TARGET_INPUTS, NexusGenForConditionalGeneration
-from nexus_gen.compat import ensure_torchvision, quiet_loading
-from nexus_gen.inspection import weights_of
+from nexus_gen.compat import ensure_torchvision
+from nexus_gen.pretrained import load_pretrained
 from nexus_gen.specs.artifact import building, write_text_atomic
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.fit import require_autoregressive
 from nexus_gen.specs.geometry import MERGE_SIZE, RELEASED_TARGET_TOKENS, LanguageGeometry, VisionGeometry
-from nexus_gen.specs.layouts import ADDED_KEYS, PREFILL_KEY, Source
-from nexus_gen.specs.shapes import Weights
+from nexus_gen.specs.layouts import ADDED_KEYS, PREFILL_KEY, Source, autoregressive_sources
+from nexus_gen.specs.processor_files import processor_directory
+from nexus_gen.specs.shapes import read_config
 from nexus_gen.tensor_files import TensorFiles
 from nexus_gen.translation import load_strictly
 
 ensure_torchvision()
 
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor  # noqa: E402
+from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLProcessor  # noqa: E402
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel  # noqa: E402
+from transformers.utils import GENERATION_CONFIG_NAME  # noqa: E402
 
 ADDED_STD = 0.02  # the tensors that a plain Qwen2.5-VL lacks start from N(0, 0.02)
 # Everything of a released directory that is not weights or model config; which of them exist depends on its age.
@@ -162,26 +165,20 @@ def load_autoregressive(
     """
     directory = Path(path)
     config = load_config(directory)
-    weights = require_whole(directory)
+    files = TensorFiles(directory, device)
+    weights = require_autoregressive(directory, {key: files.header(key).shape for key in files})
     config.num_target_tokens = weights.shapes.get(PREFILL_KEY, (num_target_tokens,))[0]
-    with quiet_loading():
-        loaded: Any = NexusGenForConditionalGeneration.from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # reported below, by name, instead of raised with a traceback
-            output_loading_info=True,
-        )
-    model, info = loaded
+    # By the names on disk, so that what is saved has them again, whatever the layout that was read.
+    on_disk = autoregressive_sources(weights.shapes, "released")
+    sources = {on_disk[key].keys[0]: source for key, source in weights.sources.items()}
     lacking = set() if ADDED_KEYS[0] in weights.shapes else set(ADDED_KEYS)
-    unread = info["missing_keys"] ^ lacking, info["unexpected_keys"], info["mismatched_keys"]
-    assert not any(unread), f"transformers read the keys of {directory} otherwise than we do: {unread}"
+    model: NexusGenForConditionalGeneration = load_pretrained(
+        NexusGenForConditionalGeneration, config, files, sources, dtype, lacking
+    )
+    model.generation_config = load_generation_config(directory, model.config)
     if lacking:
         _initialise_added(model, init_seed)
-    return model.eval()
+    return model
 
 
 def load_vision_tower(
@@ -241,18 +238,12 @@ def load_processor(path: str | os.PathLike[str]) -> Qwen2_5_VLProcessor:
         raise UserError(f"{path} holds no readable tokenizer and processor ({first_line}); copy them there") from error
 
 
-def processor_directory(path: str | os.PathLike[str]) -> Path:
-    """Where a checkpoint keeps its tokenizer and processor: beside the weights, or in `processor/`, which wins."""
-    inside = Path(path) / "processor"
-    return inside if inside.is_dir() else Path(path)
-
-
 def load_config(directory: Path) -> Qwen2_5_VLConfig:
     file = directory / "config.json"
     if not file.is_file():
         raise UserError(f"{directory} is not a checkpoint (no config.json); give the directory of a Qwen2.5-VL model")
+    fields = read_config(directory) or {}
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
         if fields.get("model_type") != Qwen2_5_VLConfig.model_type:
             raise UserError(
                 f"{file} describes a {fields.get('model_type')} model where {Qwen2_5_VLConfig.model_type} is needed; "
@@ -263,17 +254,14 @@ def load_config(directory: Path) -> Qwen2_5_VLConfig:
         raise UserError(f"{file} is not a readable model config ({error}); copy it again") from error
 
 
-def require_whole(directory: Path) -> Weights:
-    """What a checkpoint's headers say; UserError when files are missing or cut short, or do not fit config.json."""
-    weights, _, _ = weights_of(directory)
-    problems = weights.differences.sentences()
-    if weights.kind != "autoregressive":
-        raise UserError(f"{directory} holds a {weights.kind}; give the directory of a Qwen2.5-VL model")
-    if problems:
-        raise UserError(
-            f"the weights in {directory} do not fit its config.json: {', '.join(problems)}; copy them again"
-        )
-    return weights
+def load_generation_config(directory: Path, config: Qwen2_5_VLConfig) -> GenerationConfig:
+    """generation_config.json, or what follows from the model's config where there is none."""
+    if not (directory / GENERATION_CONFIG_NAME).is_file():
+        return GenerationConfig.from_model_config(config)
+    try:
+        return GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{directory / GENERATION_CONFIG_NAME} is not readable ({error}); copy it again") from error
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from nexus_gen.flux import FluxTransformer
-from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry
+from nexus_gen.specs.kinds import require_kind
 from nexus_gen.specs.layouts import (
     RELEASED_PREFIX,
     Layout,
@@ -18,6 +18,8 @@ from nexus_gen.specs.layouts import (
     flux_sources,
     vae_sources,
 )
+from nexus_gen.specs.models import DECODER_KINDS
+from nexus_gen.specs.weight_files import flux_part
 from nexus_gen.tensor_files import TensorFiles, save_tensors
 from nexus_gen.translation import load_strictly, translate
 from nexus_gen.vae import FluxVae
@@ -33,8 +35,8 @@ def load_flux(
     In a FLUX.1-dev directory `flux1-dev.safetensors` is read, or else `transformer/`.
     Raises UserError when the weights do not fit the geometry exactly.
     """
-    files = TensorFiles(component(Path(path), "flux1-dev.safetensors", "transformer"), device)
-    layout = detect_layout(files, {"bfl": "double_blocks.", "diffusers": "transformer_blocks.", "nexus-gen": "blocks."})
+    files = TensorFiles(flux_part(Path(path), "transformer"), device)
+    layout = require_kind(files, files.path, "flux")
     with torch.device("meta"):
         model = FluxTransformer(geometry)
     load_strictly(model, files, flux_sources(model.state_dict(), layout), dtype)
@@ -55,10 +57,8 @@ def load_vae(
     In a FLUX.1-dev directory `ae.safetensors` is read, or else `vae/`.
     Raises UserError when the weights do not fit the geometry exactly.
     """
-    files = TensorFiles(component(Path(path), "ae.safetensors", "vae"), device)
-    layout = detect_layout(
-        files, {"bfl": "encoder.down.", "diffusers": "encoder.down_blocks.", "nexus-gen": "encoder.blocks."}
-    )
+    files = TensorFiles(flux_part(Path(path), "autoencoder"), device)
+    layout = require_kind(files, files.path, "vae")
     with torch.device("meta"):
         model = FluxVae(geometry)
     load_strictly(model, files, vae_sources(model.state_dict(), geometry, layout), dtype)
@@ -83,7 +83,7 @@ def load_decoder(
         device = next(model.parameters()).device
         device = torch.device("cpu") if device.type == "meta" else device
     files = TensorFiles(path, device)
-    layout: Layout = "nexus-gen" if any(key.startswith(OURS_PREFIX) for key in files) else "released"
+    layout = require_kind(files, files.path, *DECODER_KINDS)
     load_strictly(model, files, decoder_sources(model.state_dict(), layout), dtype)
 
 
@@ -93,9 +93,9 @@ def load_decoder_transformer(model: FluxTransformer, path: str | Path, dtype: to
     Raises UserError when the weights do not fit the model exactly.
     """
     files = TensorFiles(path)
-    ours = any(key.startswith(OURS_PREFIX) for key in files)
-    sources = decoder_sources((OURS_PREFIX + key for key in model.state_dict()), "nexus-gen" if ours else "released")
-    prefix = OURS_PREFIX if ours else RELEASED_PREFIX
+    layout = require_kind(files, files.path, *DECODER_KINDS)
+    sources = decoder_sources((OURS_PREFIX + key for key in model.state_dict()), layout)
+    prefix = OURS_PREFIX if layout == "nexus-gen" else RELEASED_PREFIX
     load_strictly(
         model,
         files,
@@ -109,20 +109,3 @@ def save_decoder(model: nn.Module, path: str | Path) -> None:
     """Write a GenerationDecoder or EditingDecoder in the released layout: `.safetensors`, or `.bin` as published."""
     state = model.state_dict()
     save_tensors(translate(state, decoder_sources(state)), path)
-
-
-def component(path: Path, file_name: str, directory_name: str) -> Path:
-    """The part of a FLUX.1-dev directory that is asked for, or `path` itself when it is that part already."""
-    for candidate in (path / file_name, path / directory_name):
-        if candidate.exists():
-            return candidate
-    return path
-
-
-def detect_layout(files: TensorFiles, signs: dict[Layout, str]) -> Layout:
-    """The layout by a prefix of its keys; UserError when none occurs."""
-    for layout, prefix in signs.items():
-        if any(key.startswith(prefix) for key in files):
-            return layout
-    named = " or ".join(f"{prefix} ({layout})" for layout, prefix in signs.items())
-    raise UserError(f"{files.path} has no keys that start with {named}")

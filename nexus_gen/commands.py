@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nexus_gen.preflight import require_loadable
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.framing import ASPECTS, SIZES, Frame, beyond_training, seen_sentence
 from nexus_gen.specs.images import open_size
@@ -122,6 +123,7 @@ def check(command: str, arguments: argparse.Namespace) -> ModelPaths:
     )
     if paths.details is not None:
         frame_of(arguments, paths)
+    require_loadable(paths, getattr(arguments, "cfg_scale", None))
     return paths
 
 

@@ -9,16 +9,17 @@ are joined or swapped.
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from nexus_gen.inspection import FLUX_WEIGHTS, is_flux_directory, weights_of
-from nexus_gen.specs.artifact import MANIFEST, Manifest, building, write_text_atomic
+from nexus_gen.inspection import weights_of
+from nexus_gen.specs.artifact import MANIFEST, Manifest, building, seal, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import VaeGeometry
+from nexus_gen.specs.kinds import NAMED_KEYS
 from nexus_gen.specs.layouts import (
     TARGETS,
     Layout,
@@ -28,15 +29,25 @@ from nexus_gen.specs.layouts import (
     flux_sources,
     vae_sources,
 )
-from nexus_gen.specs.models import DECODER_FILES, RELEASED
+from nexus_gen.specs.models import DECODER_FILES, RELEASED, decoder_artifact
 from nexus_gen.specs.results import aside, check_result
-from nexus_gen.specs.shapes import NAMED_KEYS, Weights, read_config
-from nexus_gen.specs.tensor_headers import INDEX_SUFFIX, TensorHeader
+from nexus_gen.specs.shapes import Weights, read_config
+from nexus_gen.specs.tensor_headers import TensorHeader
+from nexus_gen.specs.weight_files import (
+    BIN,
+    FLUX_WEIGHTS,
+    INDEX_SUFFIX,
+    SAFETENSORS,
+    WEIGHT_SUFFIXES,
+    WeightFiles,
+    flux_part,
+    flux_places,
+    is_flux_directory,
+)
 from nexus_gen.tensor_files import TensorFiles, save_tensors, write_safetensors
 from nexus_gen.translation import join, split
 
 SHARD_BYTES = 5_000_000_000
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 
 
@@ -45,6 +56,7 @@ class Plan:
     """One source of weights and the tensors that become of it, in order: (our key, how the target holds it)."""
 
     path: Path
+    files: WeightFiles
     weights: Weights
     sources: Sources
     headers: dict[str, TensorHeader]  # of the target's tensors, in the order in which they are written
@@ -55,7 +67,8 @@ def convert(
 ) -> list[str]:
     """Write `source` in layout `to` at `target`, which must not exist; what was done, in sentences.
 
-    A file becomes a file (`.safetensors` or `.bin`), a directory a directory, with what lies beside its weights.
+    A file becomes a file (`.safetensors` or `.bin`), a directory a directory, with what lies beside its weights; a
+    decoder's artifact becomes either.
     Raises UserError when the source is unreadable or does not fit its own geometry, naming the first `limit` keys of a
     kind (None: all), when it has no such layout, and when the target exists.
     """
@@ -65,26 +78,52 @@ def convert(
         raise UserError(f"{target} exists and is left alone; remove it or give another path")
     if not source.exists():
         raise UserError(f"{source} does not exist; give a checkpoint's file or directory")
-    check_result(target, "DST", directory=target.suffix not in (".safetensors", ".bin"))
+    check_result(target, "DST", directory=target.suffix not in WEIGHT_SUFFIXES)
+    artifact = decoder_artifact(source)
+    if artifact is not None:
+        return convert_artifact(*artifact, target, to, limit)
     if source.is_dir() and (source / MANIFEST).is_file():
-        manifest = Manifest.load(source)
-        if manifest.kind in DECODER_FILES:
-            source = source / DECODER_FILES[manifest.kind]
-        elif manifest.kind != "ar_checkpoint":
-            raise UserError(f"{source} is an artifact of kind {manifest.kind}; give the model's own path inside it")
+        kind = Manifest.load(source).kind
+        if kind != "ar_checkpoint":
+            raise UserError(f"{source} is an artifact of kind {kind}; give the model's own path inside it")
     if source.is_dir() and is_flux_directory(source):
         return convert_flux_directory(source, target, to, limit, shard_bytes)
     plan = make_plan(source, to, limit)
     if plan.weights.kind == "autoregressive":
         return convert_autoregressive(plan, target, shard_bytes)
-    if target.suffix in (".safetensors", ".bin"):
+    if target.suffix in (SAFETENSORS, BIN):
         write_file(plan, target)
     elif to == "diffusers":
         with building(target) as partial:
             write_folder(plan, partial, shard_bytes)
     else:
         raise UserError(f"{target} is no name for a {plan.weights.kind}; end it in .safetensors or .bin")
-    return [f"{target}: {plan.weights.kind}, layout {plan.weights.layout} -> {to}, {len(plan.headers)} tensors"]
+    return [done(plan, target, to)]
+
+
+def done(plan: Plan, target: Path, to: str) -> str:
+    return f"{target}: {plan.weights.kind}, layout {plan.weights.layout} -> {to}, {len(plan.headers)} tensors"
+
+
+def convert_artifact(file: Path, manifest: Manifest, target: Path, to: str, limit: int | None) -> list[str]:
+    """A decoder's file as a file, or as an artifact of its own."""
+    plan = make_plan(file, to, limit)
+    if plan.weights.kind != manifest.kind:
+        raise UserError(
+            f"{file} holds a {plan.weights.kind} in the artifact of a {manifest.kind}; copy it out of there"
+        )
+    if target.suffix in (SAFETENSORS, BIN):
+        write_file(plan, target)
+        return [
+            done(plan, target, to),
+            f"its manifest, which says how it is sampled, stays behind; give a directory instead of {target.name} to "
+            "convert both",
+        ]
+    with building(target) as partial:
+        write_file(plan, partial / DECODER_FILES[manifest.kind])
+        details = {**manifest.details, "converted": {"of": manifest.fingerprint, "to": to}}
+        seal(partial, replace(manifest, details=details))
+    return [done(plan, target, to)]
 
 
 def target_sources(weights: Weights, to: str) -> Sources:
@@ -103,7 +142,8 @@ def target_sources(weights: Weights, to: str) -> Sources:
 
 def make_plan(path: Path, to: str, limit: int | None) -> Plan:
     """Read headers and refuse what does not fit. Raises UserError."""
-    weights, headers, _ = weights_of(path)
+    weights, found = weights_of(path)
+    headers = found.tensors
     problems = weights.differences.sentences(limit)
     if problems:
         raise UserError(f"{path} does not fit together as a {weights.kind}: {'; '.join(problems)}; fetch it again")
@@ -116,7 +156,7 @@ def make_plan(path: Path, to: str, limit: int | None) -> Plan:
         target = sources[key]
         for name, shape in zip(target.keys, target.shapes(weights.shapes[key]), strict=True):
             written[name] = TensorHeader(next(iter(dtypes)), shape)
-    return Plan(path, weights, sources, written)
+    return Plan(path, found.files, weights, sources, written)
 
 
 def converted(plan: Plan) -> Iterator[tuple[str, Tensor]]:
@@ -130,7 +170,7 @@ def converted(plan: Plan) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_file(plan: Plan, target: Path) -> None:
-    if target.suffix == ".bin":
+    if target.suffix == BIN:
         save_tensors(dict(converted(plan)), target)
         return
     with aside(target) as partial:
@@ -226,20 +266,14 @@ def convert_autoregressive(plan: Plan, target: Path, shard_bytes: int) -> list[s
     with building(target) as partial:
         write_shards(plan, partial, "model", shard_bytes)
         write_text_atomic(partial / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        left_out = copy_beside(plan.path, partial)
+        left_out = copy_beside(plan.path, partial, [plan.files])
     layout = "nexus-gen" if any(key.startswith("model.language_model.") for key in plan.headers) else "released"
-    done = [f"{target}: autoregressive, layout {plan.weights.layout} -> {layout}, {len(plan.headers)} tensors"]
-    return done + [f"left out: {name}, weights of something else; convert it by itself" for name in left_out]
+    return [done(plan, target, layout), *left_out]
 
 
 def convert_flux_directory(source: Path, target: Path, to: str, limit: int | None, shard_bytes: int) -> list[str]:
     """The transformer and the autoencoder in the layout, and everything else as it is."""
-    plans: dict[str, Plan] = {}
-    for title, (file, folder) in FLUX_WEIGHTS.items():
-        part = next((source / name for name in (file, folder) if (source / name).exists()), None)
-        if part is None:
-            raise UserError(f"{source} has no {title}: neither {file} nor {folder}/; give the path of one part instead")
-        plans[title] = make_plan(part, to, limit)
+    plans = {title: make_plan(flux_part(source, title), to, limit) for title in FLUX_WEIGHTS}
     with building(target) as partial:
         for title, plan in plans.items():
             file, folder = FLUX_WEIGHTS[title]
@@ -250,25 +284,26 @@ def convert_flux_directory(source: Path, target: Path, to: str, limit: int | Non
         for child in sorted(source.iterdir()):
             if child.is_dir() and child.name not in ("transformer", "vae") and not child.name.startswith("."):
                 shutil.copytree(child, partial / child.name)
-        copy_beside(source, partial)
-    return [
-        f"{target}: {title}, layout {plan.weights.layout} -> {to}, {len(plan.headers)} tensors"
+        left_out = copy_beside(source, partial, [plan.files for plan in plans.values()])
+    left_out += [
+        f"left out: {place.name}, because the {title} is read from {plan.path.name}"
         for title, plan in plans.items()
+        for place in flux_places(source, title)[1:]
     ]
+    return [*(done(plan, target, to) for plan in plans.values()), *left_out]
 
 
-def copy_beside(source: Path, target: Path) -> list[str]:
-    """Copy a directory's files that are no weights and that `target` lacks; the names of other weights than its own."""
+def copy_beside(source: Path, target: Path, read: list[WeightFiles]) -> list[str]:
+    """Copy a directory's files that are no weights and that `target` lacks; a sentence on each of the other weights."""
     left_out = []
-    own = ("model", "flux1-dev", "ae", DIFFUSERS_STEM)
     for file in sorted(source.iterdir()):
         if file.is_dir() and file.name == "processor":
             shutil.copytree(file, target / file.name)
         if not file.is_file() or file.name == MANIFEST or file.name.endswith(INDEX_SUFFIX):
             continue
         if file.suffix in WEIGHT_SUFFIXES:
-            if not file.name.startswith(own):
-                left_out.append(file.name)
+            if not any(file in files.files for files in read):
+                left_out.append(f"left out: {file.name}, weights of something else; convert it by itself")
         elif not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)
     return left_out

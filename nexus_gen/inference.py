@@ -19,6 +19,7 @@ from nexus_gen.checkpoints import load_decoder, load_vae
 from nexus_gen.conversation import collate, encode, patches
 from nexus_gen.decoders import EditingDecoder, GenerationDecoder, build_editing_decoder, build_generation_decoder
 from nexus_gen.flow_match import euler_sample
+from nexus_gen.preflight import require_loadable
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.framing import Frame, require_paintable
 from nexus_gen.specs.geometry import (
@@ -48,13 +49,17 @@ Picture = Image.Image | str | StoredImage
 
 
 class NexusGen:
-    """The model of a run. Parts load when first needed; dtype is bfloat16 on a GPU and float32 on a CPU."""
+    """The model of a run; dtype is bfloat16 on a GPU and float32 on a CPU.
+
+    Headers are checked at once, so that nothing is found out after minutes; parts load when first needed.
+    """
 
     def __init__(self, paths: ModelPaths, device: str = "auto") -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+        require_loadable(paths)
         self.paths = paths
         self.device = torch.device(device)
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -15,24 +15,28 @@ from typing import Any
 from nexus_gen.specs.artifact import MANIFEST, Manifest
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS
+from nexus_gen.specs.kinds import NAMED_KEYS, TITLES
 from nexus_gen.specs.layouts import ADDED_KEYS
-from nexus_gen.specs.models import DECODER_FILES, RELEASED, RELEASED_LANGUAGE, RELEASED_VISION
-from nexus_gen.specs.shapes import NAMED_KEYS, Weights, read_config, recognise
-from nexus_gen.specs.tensor_headers import INDEX_SUFFIX, TensorHeader, read_headers, weight_files
+from nexus_gen.specs.models import (
+    RELEASED,
+    RELEASED_LANGUAGE,
+    RELEASED_VISION,
+    decoder_artifact,
+)
+from nexus_gen.specs.processor_files import missing_processor_files
+from nexus_gen.specs.shapes import Weights, read_config, recognise
+from nexus_gen.specs.tensor_headers import TensorHeader, read_checkpoint
+from nexus_gen.specs.text_shapes import FOLDERS, TextEncoder, text_weights
+from nexus_gen.specs.weight_files import (
+    BIN,
+    FLUX_WEIGHTS,
+    WeightFiles,
+    flux_places,
+    has_weights,
+    is_flux_directory,
+    weight_files,
+)
 
-TITLES = {
-    "flux": "FLUX transformer",
-    "vae": "FLUX autoencoder",
-    "generation_decoder": "generation decoder",
-    "editing_decoder": "editing decoder",
-}
-# The parts of a FLUX.1-dev directory: title -> places that hold it, the first found is read.
-FLUX_WEIGHTS = {
-    "transformer": ("flux1-dev.safetensors", "transformer"),
-    "autoencoder": ("ae.safetensors", "vae"),
-}
-FLUX_TEXT = {"text_encoder": "CLIP", "text_encoder_2": "T5"}
-FLUX_TOKENIZERS = {"tokenizer": "CLIP's tokenizer", "tokenizer_2": "T5's tokenizer"}
 RELEASED_GEOMETRY: dict[str, Any] = {
     **RELEASED["editing_decoder"],
     "vision": vars(RELEASED_VISION),
@@ -45,7 +49,9 @@ RELEASED_GEOMETRY: dict[str, Any] = {
 class Report:
     """What was found. dtypes: name -> number of tensors. unlike_released: `KEY VALUE (released: VALUE)`.
 
-    problems: sentences about what is missing or does not fit; empty when it is whole. parts: of a directory of several.
+    wrappers: what was taken off the names of its tensors. details: what inference takes from a decoder's manifest.
+    unread: other weights beside these, which no command reads. problems: sentences about what is missing or does not
+    fit; empty when it is whole. parts: of a directory of several.
     """
 
     path: str
@@ -57,6 +63,9 @@ class Report:
     parameters: int = 0
     bytes: int = 0
     files: int = 0
+    wrappers: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     parts: list["Report"] = field(default_factory=list)
 
@@ -78,6 +87,12 @@ class Report:
             size = f"{self.bytes / 1e9:,.2f} GB" if self.bytes > 1e8 else f"{self.bytes / 1e6:,.2f} MB"
             files = f"{self.files} file{'' if self.files == 1 else 's'}"
             rows.append(("weights", f"{self.parameters:,} parameters, {size} in {files}; tensors: {dtypes}"))
+        if self.details:
+            rows.append(("as trained", described(self.details)))
+        if self.wrappers:
+            rows.append(("taken off", f"{', '.join(self.wrappers)} around the names of its tensors"))
+        if self.unread:
+            rows.append(("not read", ", ".join(self.unread)))
         rows += [("problem", problem) for problem in self.problems]
         if self.whole:
             rows.append(("whole", "nothing is missing"))
@@ -97,8 +112,9 @@ def inspect(path: Path, limit: int | None = NAMED_KEYS) -> Report:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; give a checkpoint's file or directory")
-    if path.is_file():
-        return inspect_weights(path, limit)
+    artifact = decoder_artifact(path)
+    if artifact is not None:
+        return inspect_decoder(path, *artifact, limit)
     if (path / MANIFEST).is_file():
         return inspect_artifact(path, limit)
     if is_flux_directory(path):
@@ -106,32 +122,41 @@ def inspect(path: Path, limit: int | None = NAMED_KEYS) -> Report:
     return inspect_weights(path, limit)
 
 
-def is_flux_directory(path: Path) -> bool:
-    return any((path / name).exists() for name in ("model_index.json", "flux1-dev.safetensors", "ae.safetensors"))
+@dataclass(frozen=True)
+class Headers:
+    """What the headers of weight files say. tensors: by plain names. wrappers: what was taken off them."""
+
+    tensors: dict[str, TensorHeader]
+    files: WeightFiles
+    wrappers: list[str]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: header.shape for key, header in self.tensors.items()}
 
 
-def headers_of(path: Path) -> tuple[dict[str, TensorHeader], int]:
-    """(the tensors, the number of files) of a weight file or a directory of them. Raises UserError."""
-    if path.is_dir() or path.suffix == ".safetensors":
-        return {key: header for key, (_, header) in read_headers(path).items()}, len(
-            weight_files(path) if path.is_dir() else [path]
-        )
+def headers_of(path: Path) -> Headers:
+    """Of a weight file or a directory of them. Raises UserError."""
+    files = weight_files(path)
+    if files.files[0].suffix != BIN:
+        checkpoint = read_checkpoint(path)
+        return Headers({key: header for key, (_, header) in checkpoint.tensors.items()}, files, checkpoint.wrappers)
     from nexus_gen.tensor_files import TensorFiles  # loads torch
 
     tensors = TensorFiles(path)
-    return {key: tensors.header(key) for key in tensors}, 1
+    return Headers({key: tensors.header(key) for key in tensors}, files, tensors.wrappers)
 
 
-def weights_of(path: Path) -> tuple[Weights, dict[str, TensorHeader], int]:
-    """(what they are, the tensors, the number of files) of a weight file or a directory of them. Raises UserError."""
-    headers, num_files = headers_of(path)
+def weights_of(path: Path) -> tuple[Weights, Headers]:
+    """What a weight file or a directory of them holds. Raises UserError."""
+    headers = headers_of(path)
     config = read_config(path if path.is_dir() else path.parent)
-    return recognise({key: header.shape for key, header in headers.items()}, path, config), headers, num_files
+    return recognise(headers.shapes, path, config), headers
 
 
 def inspect_weights(path: Path, limit: int | None) -> Report:
-    weights, headers, num_files = weights_of(path)
-    what = TITLES.get(weights.kind, "")
+    weights, headers = weights_of(path)
+    what = TITLES[weights.kind]
     if weights.kind == "autoregressive":
         added = all(key in weights.shapes for key in ADDED_KEYS)
         what = "Nexus-Gen autoregressive model" if added else f"plain Qwen2.5-VL, without {' and '.join(ADDED_KEYS)}"
@@ -143,88 +168,97 @@ def inspect_weights(path: Path, limit: int | None) -> Report:
         what,
         weights.layout,
         weights.geometry,
-        unlike_released(weights.geometry),
-        **totals(headers, num_files),
+        unlike(weights.geometry),
+        **totals(headers),
         problems=problems,
     )
 
 
-def totals(headers: Mapping[str, TensorHeader], num_files: int) -> dict[str, Any]:
+def totals(headers: Headers) -> dict[str, Any]:
+    tensors = headers.tensors.values()
     return {
-        "dtypes": dict(Counter(header.dtype for header in headers.values()).most_common()),
-        "parameters": sum(header.numel for header in headers.values()),
-        "bytes": sum(header.num_bytes for header in headers.values()),
-        "files": num_files,
+        "dtypes": dict(Counter(header.dtype for header in tensors).most_common()),
+        "parameters": sum(header.numel for header in tensors),
+        "bytes": sum(header.num_bytes for header in tensors),
+        "files": len(headers.files.files),
+        "wrappers": headers.wrappers,
+        "unread": headers.files.unread,
     }
 
 
-def unlike_released(geometry: Mapping[str, Any], released: Mapping[str, Any] = RELEASED_GEOMETRY) -> list[str]:
-    """Where a geometry differs from that of the released models."""
+def unlike(
+    geometry: Mapping[str, Any], other: Mapping[str, Any] = RELEASED_GEOMETRY, whose: str = "released"
+) -> list[str]:
+    """Where a geometry differs from another, that of the released models unless given."""
     found = []
     for name, value in geometry.items():
         if isinstance(value, Mapping):
-            found += [f"{name}.{rest}" for rest in unlike_released(value, released[name])]
-        elif value != released[name]:
-            found.append(f"{name} {value} (released: {released[name]})")
+            found += [f"{name}.{rest}" for rest in unlike(value, other[name], whose)]
+        elif value != other[name]:
+            found.append(f"{name} {value} ({whose}: {other[name]})")
     return found
-
-
-def missing_processor_files(path: Path) -> list[str]:
-    """What an autoregressive checkpoint needs beside its weights to read text and pictures."""
-    if (path / "processor").is_dir():
-        path = path / "processor"
-    alternatives = (("tokenizer.json", "vocab.json"), ("tokenizer_config.json",), ("preprocessor_config.json",))
-    lacking = [" or ".join(names) for names in alternatives if not any((path / name).is_file() for name in names)]
-    if (path / "vocab.json").is_file() and not any(
-        (path / name).is_file() for name in ("tokenizer.json", "merges.txt")
-    ):
-        lacking.append("merges.txt")
-    return [f"no {', '.join(lacking)}: text and pictures cannot be read"] if lacking else []
 
 
 def inspect_artifact(path: Path, limit: int | None) -> Report:
     manifest = Manifest.load(path)
-    if manifest.kind in DECODER_FILES:
-        report = inspect_weights(path / DECODER_FILES[manifest.kind], limit)
-    elif manifest.kind == "ar_checkpoint":
+    if manifest.kind == "ar_checkpoint":
         report = inspect_weights(path, limit)
     else:
         report = Report(str(path), "")
         candidates = [child for child in sorted(path.iterdir()) if child.is_dir()]
-        report.parts = [inspect(child, limit) for child in candidates if holds_weights(child)]
+        report.parts = [inspect(child, limit) for child in candidates if is_flux_directory(child) or has_weights(child)]
+    return of_artifact(report, manifest, path)
+
+
+def inspect_decoder(path: Path, file: Path, manifest: Manifest, limit: int | None) -> Report:
+    """A decoder's artifact, or its file: its manifest says what the weights do not."""
+    report = inspect_weights(file, limit)
+    details = manifest.details
+    known = {name: details[name] for name in report.geometry if name in details}
+    unfit = unlike({name: report.geometry[name] for name in known}, known, "in the manifest")
+    if unfit:
+        report.problems.append(f"not the decoder of its manifest: {'; '.join(unfit[:limit])}")
+    names = ("image_size", "num_target_tokens", "round_positions", "reference")
+    report.details = {name: details[name] for name in names if name in details} | details.get("sampling", {})
+    return of_artifact(report, manifest, file.parent)
+
+
+def of_artifact(report: Report, manifest: Manifest, directory: Path) -> Report:
     report.what = f"artifact of stage {manifest.stage}, kind {manifest.kind}" + (
         f": {report.what}" if report.what else ""
     )
-    lacking = [name for name in manifest.files if not (path / name).is_file()]
+    lacking = [name for name in manifest.files if not (directory / name).is_file()]
     if lacking:
         first = ", ".join(lacking[:NAMED_KEYS])
         report.problems.append(f"{len(lacking)} files of its manifest are missing ({first})")
     return report
 
 
-def holds_weights(path: Path) -> bool:
-    return is_flux_directory(path) or any(path.glob("*.safetensors")) or any(path.glob(f"*{INDEX_SUFFIX}"))
-
-
 def inspect_flux(path: Path, limit: int | None) -> Report:
     """A FLUX.1-dev directory, as downloaded or with diffusers' folders only."""
     report = Report(str(path), "FLUX.1 directory")
-    for title, places in FLUX_WEIGHTS.items():
-        found = next((path / place for place in places if (path / place).exists()), None)
-        if found is None:
-            report.problems.append(f"no {title}: neither {places[0]} nor {places[1]}/")
+    for title, (file, folder) in FLUX_WEIGHTS.items():
+        found = flux_places(path, title)
+        if found:
+            report.parts.append(inspect_weights(found[0], limit))
+            report.unread += [f"{place.name}/ (the {title} is read from {found[0].name})" for place in found[1:]]
         else:
-            report.parts.append(inspect_weights(found, limit))
-    for folder, title in FLUX_TEXT.items():
-        if not (path / folder / "config.json").is_file():
-            report.problems.append(f"no {title} text encoder: {folder}/config.json")
-            continue
-        headers, num_files = headers_of(path / folder)
-        report.parts.append(Report(str(path / folder), f"{title} text encoder", **totals(headers, num_files)))
-    for folder, title in FLUX_TOKENIZERS.items():
-        if not (path / folder).is_dir() or not any((path / folder).iterdir()):
-            report.problems.append(f"no {title}: {folder}/")
+            report.problems.append(f"no {title}: neither {file} nor {folder}/")
+    for encoder, (weights, tokenizer) in FOLDERS.items():
+        if (path / weights / "config.json").is_file():
+            report.parts.append(inspect_text_encoder(encoder, path / weights, limit))
+        else:
+            report.problems.append(f"no {encoder} text encoder: {weights}/config.json")
+        if not (path / tokenizer).is_dir() or not any((path / tokenizer).iterdir()):
+            report.problems.append(f"no {encoder}'s tokenizer: {tokenizer}/")
     return report
+
+
+def inspect_text_encoder(encoder: TextEncoder, path: Path, limit: int | None) -> Report:
+    headers = headers_of(path)
+    weights = text_weights(encoder, headers.shapes, path, read_config(path))
+    problems = weights.differences.sentences(limit)
+    return Report(str(path), f"{encoder} text encoder", **totals(headers), problems=problems)
 
 
 def as_json(report: Report) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 from nexus_gen.inspection import as_json, inspect
 from nexus_gen.specs.downloads import SOURCES, Model, Part, models, select
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.kinds import NAMED_KEYS
 from nexus_gen.specs.layouts import TARGETS
-from nexus_gen.specs.shapes import NAMED_KEYS
 
 GB = 1e9
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nexus_gen.preflight import require_loadable
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, flag_of
 
@@ -36,11 +37,12 @@ class ServedPaths:
         Raises UserError without a language model, and when something that was given is not there.
         """
         alone = ModelPaths.find(run, decoder=None, autoregressive=autoregressive)
+        require_loadable(alone)
         paths: dict[str | None, ModelPaths] = {}
         lacking: dict[str, str] = {}
         for kind in DECODER_KINDS:
             try:
-                paths[kind] = ModelPaths.find(
+                found = ModelPaths.find(
                     run,
                     decoder=kind,
                     autoregressive=autoregressive,
@@ -48,6 +50,8 @@ class ServedPaths:
                     flux=flux,
                     decoder_flag=flag_of(kind),
                 )
+                require_loadable(found)
+                paths[kind] = found
             except UserError as error:
                 if decoders[kind] is not None or flux is not None:
                     raise

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.results import aside
-from nexus_gen.specs.tensor_headers import TensorHeader, header_bytes, read_headers
+from nexus_gen.specs.tensor_headers import TensorHeader, header_bytes, read_checkpoint, require_plain
+from nexus_gen.specs.tensor_names import UNQUANTISED
+from nexus_gen.specs.weight_files import BIN, SAFETENSORS, weight_files
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -35,11 +37,12 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """The tensors of a `.safetensors` or `.bin` file, or of a directory with one safetensors file or with an index.
+    """The tensors at a path, of the files that `weight_files` names, by their plain names.
 
+    files: which these are. wrappers: what was taken off the names, as `plain_names` says.
     Headers apart, nothing is read before it is asked for: files are memory-mapped, privately, so that writing to a
     tensor leaves its file alone; `.bin` files may hold tensors only.
-    Raises UserError for a path that is missing, truncated or holds anything else.
+    Raises UserError for a path that is missing, truncated, quantised or holds anything else.
     """
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
@@ -48,14 +51,15 @@ class TensorFiles(Mapping[str, Tensor]):
         self._maps: dict[Path, mmap.mmap] = {}
         self._mapped: dict[str, Tensor] = {}
         self._headers: dict[str, tuple[Path, TensorHeader]] = {}
-        if not self.path.exists():
-            raise UserError(f"{self.path} does not exist; give the path of a .safetensors or .bin file")
-        if self.path.is_dir() or self.path.suffix == ".safetensors":
-            self._headers = read_headers(self.path)
-        elif self.path.suffix == ".bin":
-            self._mapped = load_bin(self.path)
+        self.files = weight_files(self.path)
+        if self.files.files[0].suffix == BIN:
+            tensors = load_bin(self.path)
+            dtypes = {key: NAMES[tensor.dtype] for key, tensor in tensors.items()}
+            plain, self.wrappers = require_plain(self.path, dtypes)
+            self._mapped = {plain[key]: tensor for key, tensor in tensors.items()}
         else:
-            raise UserError(f"{self.path} is neither a .safetensors nor a .bin file")
+            checkpoint = read_checkpoint(self.path)
+            self._headers, self.wrappers = checkpoint.tensors, checkpoint.wrappers
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._headers or self._mapped)
@@ -129,6 +133,9 @@ def load_bin(path: Path) -> dict[str, Tensor]:
         for key, tensor in tensors.items()
     ):
         raise UserError(f"{path} does not map names to tensors; export the decoder again")
+    for key, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            raise UserError(f"{path} holds {key} as {tensor.dtype}, which is not read here; {UNQUANTISED}")
     return tensors
 
 
@@ -145,10 +152,10 @@ def fingerprint_tensors(tensors: Mapping[str, Tensor], part: str = "") -> str:
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Write a `.safetensors` or `.bin` file; readers see the old file or the whole new one."""
     path = Path(path)
-    if path.suffix not in (".safetensors", ".bin"):
+    if path.suffix not in (SAFETENSORS, BIN):
         raise UserError(f"cannot write tensors to {path}; name it .safetensors or .bin")
     with aside(path) as partial:
-        if path.suffix == ".bin":
+        if path.suffix == BIN:
             torch.save({key: owned(tensor) for key, tensor in tensors.items()}, partial)
         else:
             write_safetensors(partial, {key: header_of(tensor) for key, tensor in tensors.items()}, tensors.items())

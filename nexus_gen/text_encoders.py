@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from nexus_gen.compat import ensure_torchvision, quiet_loading
+from nexus_gen.compat import ensure_torchvision
+from nexus_gen.pretrained import load_pretrained
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.shapes import read_config
+from nexus_gen.specs.text_shapes import FOLDERS, TextEncoder, text_weights
+from nexus_gen.tensor_files import TensorFiles
+from nexus_gen.translation import require_fit
 
 ensure_torchvision()
 
-from transformers import (  # noqa: E402
-    AutoTokenizer,
-    CLIPTextModel,
-    PreTrainedModel,
-    T5EncoderModel,
-)
+from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel  # noqa: E402
 
+KINDS: dict[TextEncoder, Any] = {"CLIP": CLIPTextModel, "T5": T5EncoderModel}
 CONTEXT_LENGTH = 512  # T5 tokens of FLUX.1-dev
 POOLED_LENGTH = 77  # CLIP tokens
 
@@ -32,8 +32,8 @@ def encode_pooled(flux_dir: str | Path, text: str, dtype: torch.dtype, device: s
 
     flux_dir: a FLUX.1-dev directory. Raises UserError when its CLIP is missing or incomplete.
     """
-    ids = tokenize(Path(flux_dir) / "tokenizer", text, POOLED_LENGTH)
-    model = load_encoder(CLIPTextModel, Path(flux_dir) / "text_encoder", dtype, device)
+    ids = tokenize(Path(flux_dir) / FOLDERS["CLIP"][1], text, POOLED_LENGTH)
+    model = load_encoder("CLIP", Path(flux_dir), dtype, device)
     return model(ids.to(device)).pooler_output
 
 
@@ -43,8 +43,8 @@ def encode_context(flux_dir: str | Path, text: str, dtype: torch.dtype, device: 
 
     Otherwise as `encode_pooled`, from the directory's `text_encoder_2` and `tokenizer_2`.
     """
-    ids = tokenize(Path(flux_dir) / "tokenizer_2", text, CONTEXT_LENGTH)
-    model = load_encoder(T5EncoderModel, Path(flux_dir) / "text_encoder_2", dtype, device)
+    ids = tokenize(Path(flux_dir) / FOLDERS["T5"][1], text, CONTEXT_LENGTH)
+    model = load_encoder("T5", Path(flux_dir), dtype, device)
     return model(ids.to(device)).last_hidden_state
 
 
@@ -65,23 +65,24 @@ def tokenize(directory: Path, text: str, length: int) -> Tensor:
     return tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
-def load_encoder(
-    kind: type[PreTrainedModel], directory: Path, dtype: torch.dtype, device: str | torch.device
-) -> PreTrainedModel:
-    """A text encoder sized by the directory's config.json; UserError when a weight is missing or misshapen."""
+def load_encoder(encoder: TextEncoder, flux_dir: Path, dtype: torch.dtype, device: str | torch.device) -> Any:
+    """A text encoder of a FLUX.1-dev directory, sized by its config.json, in eval mode.
+
+    Raises UserError, before weights are read, for every key that is missing, unexpected or misshapen.
+    """
+    directory = flux_dir / FOLDERS[encoder][0]
     require_directory(directory)
-    try:
-        with quiet_loading():
-            loaded: Any = kind.from_pretrained(
-                directory, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+    config = read_config(directory)
+    files = TensorFiles(directory, device)
+    weights = text_weights(encoder, {key: files.header(key).shape for key in files}, directory, config)
+    require_fit(files.path, KINDS[encoder].__name__, weights.differences)
+    for first, second in weights.repeated:
+        if not torch.equal(files[first], files[second]):
+            raise UserError(
+                f"{directory} holds {first} and {second}, one embedding, with two values; download it again"
             )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{directory} does not hold a whole {kind.__name__}: {first_line(error)}") from error
-    model, info = loaded
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"{directory} lacks {len(missing)} tensors of a {kind.__name__}, the first is {missing[0]}")
-    return model.to(device).eval()
+        files.release(second)
+    return load_pretrained(KINDS[encoder], KINDS[encoder].config_class.from_dict(config), files, weights.sources, dtype)
 
 
 def require_directory(directory: Path) -> None:

@@ -4,13 +4,14 @@
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.layouts import Source, Sources
-from nexus_gen.specs.shapes import differences
+from nexus_gen.specs.shapes import Differences, differences
 from nexus_gen.tensor_files import TensorFiles
 
 
@@ -41,6 +42,16 @@ def translate(state: Mapping[str, Tensor], sources: Sources) -> dict[str, Tensor
     return tensors
 
 
+def require_fit(path: Path, name: str, found: Differences) -> None:
+    """UserError naming the keys by which a file differs from the model of that name."""
+    problems = found.sentences()
+    if problems:
+        raise UserError(
+            f"{path} does not fit the configured {name}: {', '.join(problems)}; "
+            "give the file that belongs to this geometry"
+        )
+
+
 def load_strictly(
     module: nn.Module,
     files: TensorFiles,
@@ -56,12 +67,7 @@ def load_strictly(
     wanted = module.state_dict()
     shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
     file = {key: files.header(key).shape for key in files if concerns(key)}
-    problems = differences(file, shapes, sources).sentences()
-    if problems:
-        raise UserError(
-            f"{files.path} does not fit the configured {type(module).__name__}: {', '.join(problems)}; "
-            "give the file that belongs to this geometry"
-        )
+    require_fit(files.path, type(module).__name__, differences(file, shapes, sources))
     state = {}
     for key, source in sources.items():
         parts = []

@@ -18,14 +18,12 @@ import torch.distributed
 
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.tensor_headers import read_headers
+from nexus_gen.specs.tensor_headers import read_header
 
 log = logging.getLogger(__name__)
 
 LISTING = "files.json"
-COMPLETE = (
-    "complete"  # an empty file that is written into a checkpoint of swift's trainer when all ranks are done with it
-)
+COMPLETE = "complete"  # an empty file in a checkpoint of swift's trainer, written when all ranks are done with it
 DAMAGED = "damaged-"  # before the name of a checkpoint that is set aside
 THREADS = 8  # that read files; checksums are taken outside the interpreter's lock
 CHUNK_BYTES = 1 << 22
@@ -108,7 +106,7 @@ def damage_without_listing(directory: Path) -> str | None:
             if path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
             if path.suffix == ".safetensors":
-                read_headers(path)
+                read_header(path)
         except (OSError, UserError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             return f"{name} cannot be read: {error}"
         return None

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig
 
 from data.loader import ShardLoader
 from data.shards import CONSTANTS, ShardSpec
+from nexus_gen.ar_checkpoint import load_config
 from nexus_gen.checkpoints import load_decoder, load_decoder_transformer, load_flux, save_decoder
 from nexus_gen.conditioning import EditingProjector, GenerationAdapter, init_from_qwen
 from nexus_gen.decoders import EditingDecoder, GenerationDecoder, build_editing_decoder, build_generation_decoder
 from nexus_gen.specs.artifact import Manifest
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import ProjectorGeometry
-from nexus_gen.specs.models import DECODER_FILES
+from nexus_gen.specs.models import DECODER_FILES, DECODER_KINDS, find_decoder
 from nexus_gen.tensor_files import TensorFiles
 from nexus_gen.text_encoders import encode_context, encode_pooled
 from train.checkpoint_files import set_damaged_aside
@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfl
 def projector_geometry(qwen: str | Path) -> ProjectorGeometry:
     """Sizes of the editing projector's layer: those of the language model in a Qwen2.5-VL checkpoint directory."""
     require_checkpoint("model.qwen", qwen)
-    language: Any = Qwen2_5_VLConfig.from_pretrained(qwen, local_files_only=True).text_config
+    language: Any = load_config(Path(qwen)).text_config
     return ProjectorGeometry(
         hidden_size=language.hidden_size,
         intermediate_size=language.intermediate_size,
@@ -79,11 +79,11 @@ def build_initial_decoder(config: DecoderConfig, embed_dim: int) -> Decoder:
     decoder = meta_decoder(config, embed_dim)
     dtype = DTYPES[config.trainer.precision]
     if config.init.decoder:
-        load_decoder(decoder, decoder_file("init.decoder", config.init.decoder, [config.kind]))
+        load_decoder(decoder, find_decoder(Path(config.init.decoder), [config.kind], "init.decoder").file)
         return decoder
     if config.init.transformer:
-        file = decoder_file("init.transformer", config.init.transformer, list(DECODER_FILES))
-        load_decoder_transformer(decoder.transformer, file, dtype)
+        found = find_decoder(Path(config.init.transformer), DECODER_KINDS, "init.transformer")
+        load_decoder_transformer(decoder.transformer, found.file, dtype)
     else:
         decoder.transformer = load_flux(config.model.flux, config.model.transformer, dtype)
     context_dim = config.model.transformer.context_dim
@@ -100,19 +100,6 @@ def build_initial_decoder(config: DecoderConfig, embed_dim: int) -> Decoder:
                 init_from_qwen(projector, config.model.qwen)
             decoder.embedding_merger = projector
     return decoder
-
-
-def decoder_file(key: str, given: str, kinds: list[str]) -> Path:
-    """The file that a config key means: itself, or the decoder of one of `kinds` in a directory such as an artifact."""
-    path = Path(given)
-    if not path.is_dir():
-        return path
-    names = [DECODER_FILES[kind] for kind in kinds]
-    for name in names:
-        for candidate in (path / name, (path / name).with_suffix(".bin")):
-            if candidate.is_file():
-                return candidate
-    raise UserError(f"{key}: {path} holds no {' or '.join(names)} and no .bin of that name; give the path of a file")
 
 
 class DecoderStage(Stage[DecoderConfig]):

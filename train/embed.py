@@ -37,7 +37,7 @@ from nexus_gen.ar_checkpoint import (
 )
 from nexus_gen.ar_generation import compiled_decoder_layer, decoder_layer, teacher_forced_pairs
 from nexus_gen.autoregressive import IGNORE_INDEX, NexusGenForConditionalGeneration
-from nexus_gen.checkpoints import component, load_vae
+from nexus_gen.checkpoints import load_vae
 from nexus_gen.conversation import collate, encode, scaled_patches, target_size
 from nexus_gen.packed_vision import PackedVisionTower
 from nexus_gen.specs.artifact import digest, hash_file, write_text_atomic
@@ -45,7 +45,9 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS, REFERENCE_GRID, RELEASED_TARGET_TOKENS
 from nexus_gen.specs.images import channels_first, cover_crop, open_image, squash
 from nexus_gen.specs.models import target_tokens_of, trained_details
+from nexus_gen.specs.processor_files import processor_directory
 from nexus_gen.specs.results import aside
+from nexus_gen.specs.weight_files import flux_part
 from nexus_gen.tensor_files import TensorFiles, fingerprint_tensors, save_tensors
 from nexus_gen.text_encoders import encode_context, encode_pooled
 from nexus_gen.vae import FluxVae
@@ -135,7 +137,7 @@ class EmbedStage(Stage[EmbedConfig]):
         if whole:
             recipe |= {"max_pixels": config.data.max_pixels, "consistent_edit_scale": self.consistent_edit_scale}
         if config.embed.latents:
-            vae = component(Path(config.model.flux), "ae.safetensors", "vae")
+            vae = flux_part(Path(config.model.flux), "autoencoder")
             recipe |= {"vae": fingerprint_tensors(TensorFiles(vae)), "image_size": config.model.image_size}
         return recipe
 
@@ -144,7 +146,7 @@ class EmbedStage(Stage[EmbedConfig]):
         image: Any = self.processor.image_processor
         facts = [image.image_mean, image.image_std, image.rescale_factor, image.patch_size]
         if self.config.reads_conversations:
-            directory = Path(self.config.embed.autoregressive)
+            directory = processor_directory(self.config.embed.autoregressive)
             facts += [hash_file(path) for name in PROCESSOR_FILES if (path := directory / name).is_file()]
         return digest(facts)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.messages import Row, read_rows
 from nexus_gen.commands import add_model_arguments
+from nexus_gen.preflight import require_loadable
 from nexus_gen.specs.artifact import Manifest, building, seal, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.framing import Frame
@@ -148,6 +149,8 @@ class Models:
             )
             for kind in (*decoders,) or (None,)
         }
+        for paths in self.paths.values():
+            require_loadable(paths, arguments.cfg_scale)
         self._loaded: NexusGen | None = None
 
     def inputs(self) -> dict[str, str]:

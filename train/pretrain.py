@@ -23,15 +23,14 @@ from swift.dataloader.shard import DataLoaderShard
 from swift.pipelines.train.sft import SwiftSft
 from swift.utils import to_device
 from torch import Tensor
-from transformers import GenerationConfig, ProgressCallback, Qwen2_5_VLConfig
+from transformers import ProgressCallback
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
 import train.deepspeed_mends  # noqa: F401
 from data.loader_processes import batches
 from data.mixture import Mixture
-from nexus_gen.ar_checkpoint import save_autoregressive
+from nexus_gen.ar_checkpoint import load_config, load_generation_config, save_autoregressive
 from nexus_gen.autoregressive import TARGET_INPUTS, LossWeights
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
@@ -295,13 +294,9 @@ class PretrainPipeline(SwiftSft):
     def restore_config(self) -> None:
         """Give the model back the settings of the checkpoint: swift switches caching off and caps generated tokens."""
         qwen = Path(self.config.model.qwen)
-        self.model.config = Qwen2_5_VLConfig.from_pretrained(qwen, local_files_only=True)
+        self.model.config = load_config(qwen)
         self._describe_inputs()
-        self.model.generation_config = (
-            GenerationConfig.from_pretrained(qwen, local_files_only=True)
-            if (qwen / GENERATION_CONFIG_NAME).is_file()
-            else GenerationConfig.from_model_config(self.model.config)
-        )
+        self.model.generation_config = load_generation_config(qwen, self.model.config)
 
     def _describe_inputs(self) -> None:
         """Generation has to feed what training fed, so the checkpoint's config says it; the published has no key."""

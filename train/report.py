@@ -23,6 +23,7 @@ from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import default_run, results_of
 from nexus_gen.specs.results import check_result
+from nexus_gen.specs.weight_files import FLUX_WEIGHTS, flux_places
 from train.gain import Gain, gains_of, summary
 from train.metrics import read_metrics
 from train.schemas.run_directory import load_config, timing_of
@@ -133,7 +134,7 @@ def missing_start(configs: Sequence[StageConfig]) -> list[Path]:
         init = [where for role, where in inputs.items() if role in ("model.qwen", "init.decoder", "init.transformer")]
         if isinstance(config, DecoderConfig) and not (config.init.decoder or config.init.transformer):
             flux = inputs["model.flux"]
-            init.append(flux if (flux / "transformer").is_dir() else flux / "flux1-dev.safetensors")
+            init.append(next(iter(flux_places(flux, "transformer")), flux / FLUX_WEIGHTS["transformer"][0]))
         starts += init
     return [where for where in starts if not where.exists()]
 

@@ -5,6 +5,7 @@ it reads `--model_type` and `--template`.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor
 
 from data.token_lengths import IMAGE_MARKUP, IMAGE_TOKEN
-from nexus_gen.ar_checkpoint import load_autoregressive, load_processor
+from nexus_gen.ar_checkpoint import load_autoregressive, load_config, load_processor
 from nexus_gen.autoregressive import NexusGenForConditionalGeneration, NexusGenOutput
 from nexus_gen.conversation import byte_patches, resized, scaled_patches
 from nexus_gen.specs.geometry import MERGE_SIZE, RELEASED_TARGET_TOKENS
@@ -42,7 +43,7 @@ class NexusGenLoader(ModelLoader):
         self.num_target_tokens = num_target_tokens
 
     def get_config(self, model_dir: str) -> Qwen2_5_VLConfig:
-        return Qwen2_5_VLConfig.from_pretrained(model_dir, local_files_only=True)
+        return load_config(Path(model_dir))
 
     def get_processor(self, model_dir: str, config: Any) -> Qwen2_5_VLProcessor:
         return load_processor(model_dir)

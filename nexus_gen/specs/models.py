@@ -1,6 +1,7 @@
 """Where the models of an inference command are: a finished run, or paths given one by one."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from nexus_gen.specs.artifact import MANIFEST, Manifest
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, LanguageGeometry, VisionGeometry
 from nexus_gen.specs.shapes import target_tokens
-from nexus_gen.specs.tensor_headers import read_headers
+from nexus_gen.specs.tensor_headers import read_checkpoint
+from nexus_gen.specs.weight_files import BIN, SAFETENSORS, has_weights
 
 SHIPPED_RUN = Path(__file__).parents[2] / "weights" / "shapes"  # of the checkout
 RELEASED_MAX_PIXELS = 262640  # of a context picture, as the released model was trained
@@ -106,10 +108,8 @@ class ModelPaths:
         where = decoder_path or run / decoder / "artifact"
         if not where.exists():
             raise UserError(f"{where} does not exist; finish stage={decoder} of {run}, or give {decoder_flag}")
-        details = RELEASED[decoder]
-        if (where / MANIFEST).is_file():
-            details = Manifest.load(where).require(decoder, where).details
-            where = where / DECODER_FILES[decoder]
+        found = find_decoder(where, [decoder], decoder_flag)
+        where, details = found.file, found.details
         made = target_tokens_of(autoregressive) or RELEASED_TARGET_TOKENS
         painted = details.get("num_target_tokens", RELEASED_TARGET_TOKENS)
         if made != painted:
@@ -123,6 +123,63 @@ class ModelPaths:
                 f"{flux} does not exist; give --flux with a FLUX.1-dev directory (its VAE and text encoders are needed)"
             )
         return ModelPaths(autoregressive, max_pixels, decoder, where, flux, details, consistent)
+
+
+def decoder_artifact(path: Path) -> tuple[Path, Manifest] | None:
+    """(the weights, the manifest) of a decoder's artifact, given as its directory or as a file in it; else None.
+
+    A link counts as what it leads to.
+    """
+    for place in (path, path.resolve()):
+        directory = place if place.is_dir() else place.parent
+        if (directory / MANIFEST).is_file():
+            manifest = Manifest.load(directory)
+            if manifest.kind in DECODER_FILES:
+                return (place / DECODER_FILES[manifest.kind] if place.is_dir() else place), manifest
+    return None
+
+
+@dataclass(frozen=True)
+class FoundDecoder:
+    """file: its weights, or a directory of shards. manifest: None for weights that came without one.
+
+    details: what the manifest says, or that of the released decoder.
+    """
+
+    file: Path
+    manifest: Manifest | None
+    details: dict[str, Any]
+
+
+def find_decoder(where: Path, kinds: Sequence[str], role: str) -> FoundDecoder:
+    """A decoder of one of `kinds`, by its artifact, a file in it, a bare file or a directory that holds one.
+
+    role: the option or config key that gave `where`. Raises UserError when there is none, more than one, or an
+    artifact of another kind.
+    """
+    artifact = decoder_artifact(where)
+    if artifact is None and (where / MANIFEST).is_file():
+        Manifest.load(where).require(kinds[0], where)
+    if artifact is not None:
+        file, manifest = artifact
+        if manifest.kind not in kinds:
+            manifest.require(" or ".join(kinds), where)
+        return FoundDecoder(file, manifest, manifest.details)
+    file = where
+    if where.is_dir():
+        names = [name for kind in kinds for name in of_either_format(DECODER_FILES[kind])]
+        found = [where / name for name in names if (where / name).is_file()]
+        if len(found) > 1:
+            raise UserError(f"{role}: {where} holds {' and '.join(file.name for file in found)}; give the path of one")
+        if not found and not has_weights(where):
+            raise UserError(f"{role}: {where} holds no {' and no '.join(names)}; give the path of a file")
+        file = found[0] if found else where
+    return FoundDecoder(file, None, RELEASED[kinds[0]])
+
+
+def of_either_format(name: str) -> tuple[str, str]:
+    stem = name.removesuffix(SAFETENSORS)
+    return name, stem + BIN
 
 
 def flag_of(decoder: str) -> str:
@@ -160,9 +217,9 @@ def target_tokens_of(autoregressive: Path) -> int | None:
 
     None where there is nothing that says so: a plain Qwen2.5-VL, or no weights. Raises UserError for damaged files.
     """
-    if not any(autoregressive.glob("*.safetensors")):
+    if not has_weights(autoregressive):
         return None
-    return target_tokens({key: header.shape for key, (_, header) in read_headers(autoregressive).items()})
+    return target_tokens(read_checkpoint(autoregressive).shapes)
 
 
 def trained_details(autoregressive: Path) -> dict[str, Any]:

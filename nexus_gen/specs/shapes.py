@@ -22,6 +22,7 @@ from nexus_gen.specs.geometry import (
     VaeGeometry,
     VisionGeometry,
 )
+from nexus_gen.specs.kinds import NAMED_KEYS, kind_of
 from nexus_gen.specs.layouts import (
     ADDED_KEYS,
     PREFILL_KEY,
@@ -35,13 +36,13 @@ from nexus_gen.specs.layouts import (
     flux_sources,
     vae_sources,
 )
+from nexus_gen.specs.tensor_names import UNQUANTISED
 
 Shapes = dict[str, Shape]
 TIMESTEP_FREQUENCIES = 256  # sinusoids of FLUX's timestep and guidance
 PATCH_AREA = 4  # latent elements of one FLUX token
 EXPANSION = 4  # hidden width of the editing projector's head, in context widths
 PATCH_CHANNELS, TEMPORAL_PATCH = 3, 2  # of Qwen2.5-VL's patches
-NAMED_KEYS = 4  # how many keys a sentence lists by name
 
 
 # ---- shapes from geometry -------------------------------------------------------------------------------------------
@@ -229,35 +230,13 @@ class Weights:
     differences: Differences
 
 
-# By the beginnings of keys that only this kind and layout has; the decoders come first, as they contain a transformer.
-SIGNS: list[tuple[str, Kind, Layout]] = [
-    ("pipe.dit. adapter.", "generation_decoder", "released"),
-    ("pipe.dit. embedding_merger.", "editing_decoder", "released"),
-    ("transformer. adapter.", "generation_decoder", "nexus-gen"),
-    ("transformer. embedding_merger.", "editing_decoder", "nexus-gen"),
-    ("double_blocks.", "flux", "bfl"),
-    ("transformer_blocks.", "flux", "diffusers"),
-    ("single_blocks. final_norm_out.", "flux", "nexus-gen"),
-    ("encoder.down.", "vae", "bfl"),
-    ("encoder.down_blocks.", "vae", "diffusers"),
-    ("encoder.blocks. decoder.blocks.", "vae", "nexus-gen"),
-    ("model.language_model.", "autoregressive", "nexus-gen"),
-    ("model.layers. model.embed_tokens.", "autoregressive", "released"),
-]
-
-
 def recognise(file: Mapping[str, Shape], where: Path, config: dict[str, Any] | None = None) -> Weights:
     """What a file's tensors are, by their names and shapes.
 
     config: the config.json of an autoregressive model, which alone says how its attention is divided.
     Raises UserError when they are of no known kind, or lack what their geometry is read from.
     """
-    prefixes = {key[:end] for key in file for end in range(len(key)) if key[end - 1 : end] == "."}
-    signs = ((kind, layout) for sign, kind, layout in SIGNS if all(part in prefixes for part in sign.split()))
-    kind, layout = next(signs, (None, None))
-    if kind is None or layout is None:
-        first = ", ".join(list(file)[:NAMED_KEYS])
-        raise UserError(f"{where} holds no model known here; its first keys are {first or 'none'}")
+    kind, layout = kind_of(file, where)
     try:
         geometry, shapes, sources = measure(file, kind, layout, config)
     except KeyError as error:
@@ -408,7 +387,7 @@ def autoregressive_geometry(config: dict[str, Any]) -> tuple[VisionGeometry, Lan
 
 
 def read_config(directory: Path) -> dict[str, Any] | None:
-    """A directory's config.json, None where there is none; UserError when it is not readable."""
+    """A directory's config.json, None where there is none; UserError when it is unreadable or of quantised weights."""
     path = directory / "config.json"
     if not path.is_file():
         return None
@@ -418,4 +397,8 @@ def read_config(directory: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} is not readable ({error}); copy it again") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no JSON object; copy it again")
+    how = config.get("quantization_config") or config.get("compression_config")
+    if how:
+        method = how.get("quant_method") if isinstance(how, dict) else how
+        raise UserError(f"{path} says that the weights are quantised ({method}), which is not read here; {UNQUANTISED}")
     return config

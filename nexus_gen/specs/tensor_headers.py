@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.tensor_names import UNQUANTISED, plain_names, quantisation
+from nexus_gen.specs.weight_files import WeightFiles, weight_files
 
-INDEX_SUFFIX = ".safetensors.index.json"
-USUAL_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 METADATA = "__metadata__"
 MAX_HEADER_BYTES = 100_000_000  # what the format allows
 ITEM_BYTES = {
@@ -61,6 +61,8 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         tensors, end = {}, 0
         for name, entry in sorted(fields.items(), key=lambda item: item[1]["data_offsets"]):
             begin, stop = entry["data_offsets"]
+            if entry["dtype"] not in ITEM_BYTES:
+                raise UserError(f"{path} holds {name} as {entry['dtype']}, which is not read here; {UNQUANTISED}")
             tensor = TensorHeader(entry["dtype"], tuple(entry["shape"]), 8 + length + begin)
             if begin != end or stop - begin != tensor.num_bytes:
                 raise ValueError(f"{name} occupies bytes {begin} to {stop}")
@@ -84,49 +86,54 @@ def header_bytes(tensors: Mapping[str, TensorHeader]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory: those that its index names, or the one of a usual name, or its only one.
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of weight files by their plain names, each with the file that holds it.
 
-    Raises UserError when there is no such file, a choice between several, or an index that is unreadable or names a
-    file that is not there.
+    wrappers: what was taken off the names, as `plain_names` says.
     """
-    indices = sorted(directory.glob(f"*{INDEX_SUFFIX}"))
-    if not indices:
-        singles = sorted(directory.glob("*.safetensors"))
-        usual = [file for file in singles if file.name in USUAL_NAMES]
-        if len(usual) == 1:
-            return usual
-        if len(singles) != 1:
-            raise UserError(
-                f"{directory} holds {len(singles)} .safetensors files and no index where one file or a "
-                f"*{INDEX_SUFFIX} is needed"
-            )
-        return singles
-    files = [directory / name for name in sorted(set(read_index(indices[0]).values()))]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file} is listed in {indices[0].name} but does not exist; download it again")
-    return files
+
+    files: WeightFiles
+    tensors: dict[str, tuple[Path, TensorHeader]]
+    wrappers: list[str]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, (_, tensor) in self.tensors.items()}
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Name of a tensor -> name of the file that holds it; UserError when it is not readable."""
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(key): Path(name).name for key, name in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a readable index ({error!r}); download it again") from error
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The tensors of a safetensors file or of a directory of them.
 
-
-def read_headers(path: Path) -> dict[str, tuple[Path, TensorHeader]]:
-    """The tensors of a safetensors file or of a directory of them, each with the file that holds it.
-
-    Raises UserError as `read_header` and `weight_files` do, and when an index names a tensor that its file lacks.
+    Raises UserError as `read_header` and `weight_files` do, when files and index contradict each other, and for
+    quantised weights.
     """
-    files = weight_files(path) if path.is_dir() else [path]
-    found = {name: (file, tensor) for file in files for name, tensor in read_header(file).items()}
-    indices = sorted(path.glob(f"*{INDEX_SUFFIX}")) if path.is_dir() else []
-    for name, file_name in read_index(indices[0]).items() if indices else ():
-        if name not in found:
+    files = weight_files(path)
+    found: dict[str, tuple[Path, TensorHeader]] = {}
+    for file in files.files:
+        for name, tensor in read_header(file).items():
+            if name in found:
+                raise UserError(
+                    f"{found[name][0]} and {file.name} both hold {name}, so one of them is stale; download both again"
+                )
+            found[name] = file, tensor
+    for name, file_name in files.shard_of.items():
+        if name not in found or found[name][0].name != file_name:
             raise UserError(f"{path / file_name} lacks {name}, which its index lists; download the file again")
-    return found
+    plain, wrappers = require_plain(path, {name: tensor.dtype for name, (_, tensor) in found.items()})
+    return Checkpoint(files, {plain[name]: held for name, held in found.items()}, wrappers)
+
+
+def require_plain(path: Path, dtypes: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """`plain_names` of a file's tensors. Raises UserError when two become the same, and for quantised weights.
+
+    dtypes: of each tensor, by safetensors' names.
+    """
+    plain, wrappers = plain_names(dtypes)
+    if len(set(plain.values())) < len(plain):
+        twice = next(name for name, inner in plain.items() if inner != name and inner in plain)
+        raise UserError(f"{path} holds both {twice} and {plain[twice]}; save one state dict to a new file")
+    how = quantisation(dtypes)
+    if how is not None:
+        raise UserError(f"{path} is quantised ({how}), which is not read here; {UNQUANTISED}")
+    return plain, wrappers

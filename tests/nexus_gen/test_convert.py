@@ -29,6 +29,7 @@ from nexus_gen.specs.shapes import (
     generation_decoder_shapes,
     vae_shapes,
 )
+from nexus_gen.specs.text_shapes import clip_shapes, t5_shapes
 from nexus_gen.vae import FluxVae
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -118,14 +119,29 @@ def test_the_autoregressive_model_reaches_both_layouts(tmp_path: Path, width: in
     assert ("plain Qwen2.5-VL" in report.what) == as_qwen
 
 
+TEXT_ENCODERS = {
+    "text_encoder": {
+        "hidden_size": 6, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 10,
+        "max_position_embeddings": 7,
+    },
+    "text_encoder_2": {
+        "d_model": 6, "d_kv": 2, "d_ff": 8, "num_layers": 1, "num_heads": 3, "vocab_size": 10,
+        "feed_forward_proj": "gated-gelu",
+    },
+}  # fmt: skip
+
+
 def flux_directory(path: Path) -> Path:
     save_flux(randomised(FluxTransformer(FLUXES[0])), path / "flux1-dev.safetensors")
     save_vae(randomised(FluxVae(VAES[0])), path / "ae.safetensors")
-    for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+    for name, config in TEXT_ENCODERS.items():
+        shapes = clip_shapes(config) if name == "text_encoder" else t5_shapes(config)
+        (path / name).mkdir()
+        (path / name / "config.json").write_text(json.dumps(config))
+        save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, path / name / "model.safetensors")
+    for name in ("tokenizer", "tokenizer_2"):
         (path / name).mkdir()
         (path / name / "config.json").write_text("{}")
-        if "text" in name:
-            save_file({"weight": torch.zeros(3, 5)}, path / name / "model.safetensors")
     (path / "model_index.json").write_text("{}")
     return path
 

@@ -1,11 +1,15 @@
 """CLIP and T5 from a FLUX.1-dev directory: padding, what is returned, and directories that must be refused."""
 
+import json
+import shutil
 import string
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from nexus_gen.specs.errors import UserError
@@ -81,7 +85,7 @@ def test_incomplete_directories_are_refused(flux_dir, tmp_path):
     (tmp_path / "tokenizer").symlink_to(flux_dir / "tokenizer")
     encoder = tmp_path / "text_encoder"
     encoder.mkdir()
-    with pytest.raises(UserError, match=r"text_encoder does not hold a whole CLIPTextModel"):
+    with pytest.raises(UserError, match=r"text_encoder holds 0 \.safetensors files"):
         encode_pooled(tmp_path, "", torch.float32)
     (encoder / "config.json").write_bytes((flux_dir / "text_encoder" / "config.json").read_bytes())
     tensors = load_file(flux_dir / "text_encoder" / "model.safetensors")
@@ -90,10 +94,66 @@ def test_incomplete_directories_are_refused(flux_dir, tmp_path):
         {key: value for key, value in tensors.items() if key != lost}, encoder / "model.safetensors", {"format": "pt"}
     )
     with pytest.raises(
-        UserError, match=r"text_encoder lacks 1 tensors of a CLIPTextModel, the first is .*q_proj.weight"
+        UserError, match=r"text_encoder does not fit the configured CLIPTextModel: 1 missing key \(.*q_proj.weight\)"
     ):
         encode_pooled(tmp_path, "", torch.float32)
     whole = (flux_dir / "text_encoder" / "model.safetensors").read_bytes()
     (encoder / "model.safetensors").write_bytes(whole[:-8])
-    with pytest.raises(UserError, match=r"does not hold a whole CLIPTextModel"):
+    with pytest.raises(UserError, match=r"model\.safetensors is not a whole safetensors file"):
         encode_pooled(tmp_path, "", torch.float32)
+
+
+def text_copy(flux_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(flux_dir, tmp_path / "copy"))
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    save_file({key: value.clone() for key, value in change(load_file(path)).items()}, path)
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_clip_as_old_and_new_releases_write_it(flux_dir, tmp_path, prefix):
+    copy = text_copy(flux_dir, tmp_path)
+    positions = {f"{prefix}embeddings.position_ids": torch.arange(77)[None]}
+    rewritten(
+        copy / "text_encoder" / "model.safetensors",
+        lambda tensors: {prefix + key.removeprefix("text_model."): value for key, value in tensors.items()} | positions,
+    )
+    assert torch.equal(encode_pooled(copy, "ab", torch.float32), encode_pooled(flux_dir, "ab", torch.float32))
+
+
+@pytest.mark.parametrize("names", [["shared"], ["encoder.embed_tokens"], ["shared", "encoder.embed_tokens"]])
+def test_the_embedding_of_t5_under_either_name_or_both(flux_dir, tmp_path, names):
+    copy = text_copy(flux_dir, tmp_path)
+    rewritten(
+        copy / "text_encoder_2" / "model.safetensors",
+        lambda tensors: (
+            {f"{name}.weight": tensors["shared.weight"] for name in names}
+            | {key: value for key, value in tensors.items() if key != "shared.weight"}
+        ),
+    )
+    assert torch.equal(encode_context(copy, "ab", torch.float32), encode_context(flux_dir, "ab", torch.float32))
+
+
+def test_surplus_and_contradicting_tensors_are_refused(flux_dir, tmp_path):
+    copy = text_copy(flux_dir, tmp_path)
+    t5, clip = (copy / name / "model.safetensors" for name in ("text_encoder_2", "text_encoder"))
+    rewritten(t5, lambda tensors: {**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"] + 1})
+    with pytest.raises(UserError, match=r"one embedding, with two values"):
+        encode_context(copy, "", torch.float32)
+    rewritten(t5, lambda tensors: {**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"][1:]})
+    with pytest.raises(UserError, match=r"1 unexpected key \(encoder\.embed_tokens\.weight\)"):
+        encode_context(copy, "", torch.float32)
+    rewritten(clip, lambda tensors: {**tensors, "visual_projection.weight": torch.zeros(2), "a": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"does not fit .*2 unexpected keys \(a, visual_projection\.weight"):
+        encode_pooled(copy, "", torch.float32)
+
+
+def test_a_stale_file_beside_shards_is_refused(flux_dir, tmp_path):
+    directory = text_copy(flux_dir, tmp_path) / "text_encoder"
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors, directory / "model-00001-of-00002.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="holds two sets of weights"):
+        encode_pooled(directory.parent, "", torch.float32)

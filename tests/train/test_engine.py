@@ -357,3 +357,27 @@ def test_initial_decoder_goes_on_from_a_decoder_file_or_directory(inputs: Path, 
 def test_a_directory_without_a_decoder_is_refused(inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"init.decoder: .* holds no generation_decoder.safetensors"):
         build_initial_decoder(config(inputs, tmp_path, decoder=str(tmp_path)), EMBED_DIM)
+
+
+def test_a_decoder_of_another_geometry_is_refused_before_anything_starts(inputs: Path, tmp_path: Path, caplog) -> None:
+    """Heads and rotary axes leave no trace in the weights, so the manifest of the file's artifact has to be read."""
+    artifact = tmp_path / "artifact"
+    save_decoder(build_generation_decoder(FLUX, EMBED_DIM), artifact / "generation_decoder.safetensors")
+    details = {"transformer": dataclasses.asdict(FLUX), "vae": dataclasses.asdict(VAE)}
+    seal(artifact, Manifest("generation_decoder", "generation_decoder", {}, {}, {}, details))
+    given = artifact / "generation_decoder.safetensors"
+    made = config(inputs, tmp_path, decoder=str(given))
+    made.preflight()
+    made.model.transformer.rope_axes_dim = [6, 6, 4]
+    with pytest.raises(UserError, match=r"init.decoder: .*rope_axes_dim \[4, 6, 6\] and this config gives \[6, 6, 4\]"):
+        made.preflight()
+    made.init.decoder, made.init.transformer = "", str(given)
+    with pytest.raises(UserError, match=r"init.transformer: .*rope_axes_dim"):
+        made.preflight()
+    made = config(inputs, tmp_path, decoder=str(given))
+    made.model.vae.norm_groups = 2
+    with pytest.raises(UserError, match=r"the vae of .* was trained with norm_groups 4"):
+        made.preflight()
+    seal(artifact, Manifest("editing_decoder", "editing_decoder", {}, {}, {}, details))
+    with pytest.raises(UserError, match="editing_decoder artifact where a generation_decoder artifact is needed"):
+        made.preflight()

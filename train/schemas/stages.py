@@ -17,6 +17,7 @@ from data.shapes import ShapesConfig
 from data.shards import EMBED_DTYPES, ShardSpec, require_global_batch
 from nexus_gen.specs.artifact import Manifest
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.fit import require_autoregressive, require_vae
 from nexus_gen.specs.geometry import (
     NUM_REFERENCE_TOKENS,
     FluxGeometry,
@@ -27,6 +28,8 @@ from nexus_gen.specs.geometry import (
 )
 from nexus_gen.specs.models import target_tokens_of
 from nexus_gen.specs.shapes import read_config
+from nexus_gen.specs.tensor_headers import read_checkpoint
+from nexus_gen.specs.weight_files import BIN, flux_part, has_weights
 from train.schemas.common import (
     RUNTIME,
     AverageConfig,
@@ -49,6 +52,7 @@ from train.schemas.common import (
     positive,
     share,
 )
+from train.schemas.initial_decoder import require_initial_decoder
 
 log = logging.getLogger(__name__)
 
@@ -264,6 +268,7 @@ class PretrainConfig(StageConfig):
                 f"give model.num_target_tokens={own}, or begin with a plain Qwen2.5-VL"
             )
         self.preflight_rows()
+        require_whole(Path(self.model.qwen))
 
     def preflight_rows(self) -> None:
         left_out = checked_quarantine(self, self.data)
@@ -362,6 +367,11 @@ class EmbedStageConfig(StageConfig):
         super().preflight()
         require_checkpoint("embed.autoregressive", self.embed.autoregressive)
         self.preflight_rows()
+        require_whole(Path(self.embed.autoregressive))
+        if self.embed.latents:
+            vae = flux_part(Path(self.model.flux), "autoencoder")
+            if vae.suffix != BIN:  # which takes torch to read
+                require_vae(vae, read_checkpoint(vae).shapes, self.model.vae)
 
     def preflight_rows(self) -> None:
         left_out = checked_quarantine(self, self.data)
@@ -530,6 +540,7 @@ class DecoderConfig(StageConfig):
             num_reference_tokens=self.num_reference_tokens,
             latent_shape=[self.model.vae.latent_channels, side, side],
         )
+        require_initial_decoder(self)
         num_samples = sum(shard["samples"] for shard in manifest.details["splits"]["train"])
         require_global_batch(self.shards, "train", num_samples, self.trainer.global_batch_size)
 
@@ -649,6 +660,12 @@ def require_checkpoint(key: str, directory: str | os.PathLike[str]) -> dict[str,
     if values.get("model_type") != "qwen2_5_vl":
         raise UserError(f"{key}: {directory} holds a {values.get('model_type')} model; a qwen2_5_vl one is needed")
     return values
+
+
+def require_whole(checkpoint: Path) -> None:
+    """UserError when a checkpoint's weights do not fit its config.json: some stages read them before they load them."""
+    if has_weights(checkpoint):  # the loader names a directory that holds none
+        require_autoregressive(checkpoint, read_checkpoint(checkpoint).shapes)
 
 
 SCHEMAS: dict[str, type[StageConfig]] = {
