@@ -17,7 +17,8 @@ class Recorder(NexusGen):
     """Keeps what the parts are called with; paints the number of a row and its seed as a colour."""
 
     def __init__(self, details: dict[str, Any]) -> None:
-        super().__init__(ModelPaths(Path("none"), 5184, DECODER_KINDS[1], Path("none"), Path("none"), details), "cpu")
+        # Not NexusGen's own, which looks at the files of all parts: there are none.
+        self.paths = ModelPaths(Path("none"), 5184, DECODER_KINDS[1], Path("none"), Path("none"), details)
         self.prompts: list[str] = []
         self.shown: list[list[tuple[int, int]]] = []
         self.references: list[tuple[int, int]] = []
