@@ -19,6 +19,7 @@ from data.doctor_report import QuarantineFile, print_table, write_page
 from data.examine import examine, open_datasets
 from data.mixture import asked_in_vain, load_mixture
 from data.token_lengths import TokenLengths
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS
 from nexus_gen.specs.models import target_tokens_of
@@ -29,8 +30,8 @@ DATA_KEYS = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+def parser() -> Parser:
+    result = Parser(
         prog="nexus-gen data check",
         description="Find what would break or bend a training run in message datasets, before one starts.",
         epilog="Exit status: 0 when no row has an error, 1 when --strict is given and there are warnings, 2 when rows "

@@ -24,6 +24,7 @@ from launch import cli
 from launch.compose import CONFIGS, Override
 from launch.gpus import require_gpus
 from launch.run import compose_plan, describe, run_stages
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError, nearest
 from nexus_gen.specs.models import SHIPPED_RUN
@@ -51,9 +52,9 @@ class Arm:
         return f"{self.ablation}/{self.name}/seed{self.seed}"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     questions = (f"  {name:<15}{OmegaConf.load(path).question}" for name, path in FILES.items())
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="nexus-gen ablate",
         description="Train stages of a run anew in arms that differ in one thing, and compare them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -79,7 +80,7 @@ def seeds(text: str) -> list[int]:
 
 
 def main(argv: list[str]) -> int:
-    arguments = parser().parse_intermixed_args(argv[1:])
+    arguments = parser().parse_args(argv[1:])
     names = [word for word in arguments.words if "=" not in word]
     given = [Override.parse(word) for word in arguments.words if "=" in word]
     for name in names:

@@ -18,6 +18,7 @@ from launch.compose import CONFIGS, Override, compose_stage
 from launch.gpus import require_gpus
 from launch.lock import locked
 from launch.processes import Crew, slurm_script, worker_command, worker_environment
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.errors import UserError, nearest
 from train.schemas.failures import STOPPED
 from train.schemas.fields import as_yaml, keys
@@ -36,12 +37,12 @@ from train.schemas.stages import SCHEMAS, StageConfig, preflight_pipeline
 GROUPS_OF_ALL = ("model", "data", "launch", "logger", "experiment")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     stages, pipelines = (
         ", ".join(SCHEMAS),
         ", ".join(sorted(path.stem for path in (CONFIGS / "pipeline").glob("*.yaml"))),
     )
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="nexus-gen run",
         description="Run one stage or a pipeline of stages.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

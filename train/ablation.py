@@ -6,13 +6,13 @@ nexus-gen ablate plot docs/ablations/*.json         # from results, without the 
 `nexus-gen ablate` (launch.ablate) trains the arms and calls this.
 """
 
-import argparse
 import json
 import sys
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import Manifest, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from train.metrics import read_metrics
@@ -160,9 +160,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="nexus-gen ablate plot", description="Draw ablations again, without training anything."
-    )
+    parser = Parser(prog="nexus-gen ablate plot", description="Draw ablations again, without training anything.")
     parser.add_argument("paths", nargs="+", type=Path, help="results (NAME.json), or directories of finished arms")
     for path in parser.parse_args(argv[1:]).paths:
         path = path.resolve()  # the name of `.` is needed

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from data.messages import Row, read_rows
 from data.records import read_records
 from nexus_gen.commands import add_model_arguments, save_atomic
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths
@@ -49,8 +50,8 @@ EDIT_TYPES = {
 Item = TypeVar("Item")
 
 
-def parser(command: str) -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+def parser(command: str) -> Parser:
+    result = Parser(
         prog=f"nexus-gen evaluate {command}",
         description={
             "geneval": "Paint prompts into OUTPUT/00000/samples/0000.png with OUTPUT/00000/metadata.jsonl beside it.",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.messages import Row, read_rows
 from nexus_gen.commands import add_model_arguments
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import Manifest, building, seal, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.framing import Frame
@@ -49,8 +50,8 @@ TASKS = ("understanding", "generation", "editing", "reconstruction")
 OUTCOMES, IDENTITY = "outcomes.jsonl", "identity.json"
 
 
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+def parser() -> Parser:
+    result = Parser(
         prog="nexus-gen evaluate",
         description="Score a run's models on rows with ground truth. Interrupted, the same command goes on.",
     )

@@ -3,7 +3,6 @@
 Stages with durations and throughput, loss curves, held-out prompts painted before and after training, edits, answers.
 """
 
-import argparse
 import base64
 import dataclasses
 import io
@@ -19,6 +18,7 @@ import jinja2
 from PIL import Image
 
 from data.mixture import read_dataset
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import default_run, results_of
@@ -153,7 +153,7 @@ def render(run: Path, samples: Any, with_start: bool, gains: list[Gain], output:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="nexus-gen report", description="Write one HTML page about a run.")
+    parser = Parser(prog="nexus-gen report", description="Write one HTML page about a run.")
     parser.add_argument("run", type=Path, nargs="?", default=default_run(), help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="the page (default: RUN/report.html; of what ships, under runs/)")
     parser.add_argument(

@@ -1,0 +1,70 @@
+"""Options of all commands: finite numbers, any order, one sentence for a mistake."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nexus_gen.specs.arguments import Parser
+from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.numbers import read_number, read_whole
+
+
+def parsed(*words: str) -> Any:
+    parser = Parser(prog="nexus-gen try")
+    parser.add_argument("run", type=Path, nargs="?", default=Path("shipped"))
+    parser.add_argument("words", nargs="*")
+    group = parser.add_argument_group("group")
+    group.add_argument("--share", type=float)
+    group.add_argument("--count", type=int)
+    group.add_argument("--flag", action="store_true")
+    group.add_argument("--where", type=Path)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "Infinity", "1e999", "many", ""])
+@pytest.mark.parametrize("option", ["--share", "--count"])
+def test_numbers_are_finite(option: str, text: str) -> None:
+    with pytest.raises(UserError, match=f"^{option} is .*; it must be a (finite )?number; `nexus-gen try --help`"):
+        parsed(f"{option}={text}")
+
+
+def test_numbers_as_people_write_them() -> None:
+    assert (parsed("--share", "1e-1").share, parsed("--count", "2e3").count) == (0.1, 2000)
+    assert (read_whole("1_000"), read_whole(str(2**63)), read_whole(2.0)) == (1000, 2**63, 2)
+    for value in (True, None, [1], "1,5", 10**400):
+        with pytest.raises(ValueError, match="it must be a number"):
+            read_number(value)
+    with pytest.raises(UserError, match="--count is 2.5; it must be a whole number"):
+        parsed("--count", "2.5")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--flag", "a", "b", "c", "--count", "3"),
+        ("a", "--flag", "b", "--count", "3", "c"),
+        ("--count=3", "a", "b", "--flag", "c"),
+    ],
+)
+def test_options_stand_anywhere(words: tuple[str, ...]) -> None:
+    found = parsed(*words)
+    assert (found.run, found.words, found.flag, found.count) == (Path("a"), ["b", "c"], True, 3)
+
+
+def test_defaults_stay_where_nothing_is_given() -> None:
+    found = parsed("--flag")
+    assert (found.run, found.words) == (Path("shipped"), [])
+
+
+def test_home_is_expanded_where_the_shell_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somebody")
+    assert parsed("--where=~/runs").where == Path("/somebody/runs")
+    assert parsed("--where=~nobody-of-that-name/a~b").where == Path("~nobody-of-that-name/a~b")
+
+
+def test_what_argparse_finds_wrong_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="^unrecognized arguments: --flog; `nexus-gen try --help` says more$"):
+        parsed("--flog")
+    with pytest.raises(UserError, match="^--count: expected one argument; "):
+        parsed("--count")
