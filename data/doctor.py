@@ -19,7 +19,7 @@ from data.doctor_report import QuarantineFile, print_table, write_page
 from data.examine import examine, open_datasets
 from data.mixture import asked_in_vain, load_mixture
 from data.token_lengths import TokenLengths
-from nexus_gen.specs.arguments import Parser
+from nexus_gen.specs.arguments import Parser, list_to_paste
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS
 from nexus_gen.specs.models import target_tokens_of
@@ -172,10 +172,11 @@ def main(argv: list[str]) -> int:
         write_page(report, given.report)
         print(f"page: {given.report}")
     if given.quarantine:
+        option = list_to_paste("data.quarantine", str(given.quarantine))
         print(
             f"quarantine: not written, because reading stopped after {given.max_errors} broken rows"
             if report.stopped
-            else f"quarantine: {given.quarantine} (data.quarantine=[{given.quarantine}] leaves its rows out of a run)"
+            else f"quarantine: {given.quarantine} ({option} leaves its rows out of a run)"
         )
     if report.num_quarantined or report.mistakes:
         return 2

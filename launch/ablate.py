@@ -21,15 +21,15 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from launch import cli
-from launch.compose import CONFIGS, Override
 from launch.gpus import require_gpus
+from launch.overrides import CONFIGS, Override
 from launch.run import compose_plan, describe, run_stages
 from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError, nearest
 from nexus_gen.specs.models import SHIPPED_RUN
 from train.schemas.ablation import PLAN, Ablation
-from train.schemas.fields import fingerprint_values
+from train.schemas.fields import escaped, fingerprint_values
 from train.schemas.parents import end_with_parent
 from train.schemas.stages import StageConfig
 
@@ -125,8 +125,8 @@ def main(argv: list[str]) -> int:
 
 
 def load(name: str, run: Path) -> Ablation:
-    """A file of configs/ablation/ with ${run} resolved."""
-    values = OmegaConf.merge(OmegaConf.structured(Ablation), OmegaConf.load(FILES[name]), {"run": str(run)})
+    """A file of configs/ablation/ with ${run} resolved: its overrides are then as people would type them."""
+    values = OmegaConf.merge(OmegaConf.structured(Ablation), OmegaConf.load(FILES[name]), escaped({"run": str(run)}))
     ablation: Any = OmegaConf.to_object(values)
     return ablation
 

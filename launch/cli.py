@@ -41,7 +41,7 @@ COMMANDS = {
 # What happens to files that no check beforehand rules out; that one is missing is for checks to say.
 FILE_TROUBLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
-    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
 # The only variables that the program reads; a misspelt one would silently do nothing.
 VARIABLES = {"NEXUS_GEN_RUNS": "where runs are written when runs_dir is not given"}

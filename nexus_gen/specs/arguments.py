@@ -2,9 +2,13 @@
 
 import argparse
 import os
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+from hydra.core.override_parser.types import Quote, QuotedString
 
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.numbers import read_number, read_whole
@@ -26,7 +30,8 @@ class Parser(argparse.ArgumentParser):
         self.register("type", Path, lambda text: Path(os.path.expanduser(text)))
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        if self._subparsers is not None:  # of which each has options of its own
+        # Commands inside have options of their own; argparse shows no help while it takes positional arguments apart.
+        if self._subparsers is not None or {"-h", "--help"} & set(sys.argv[1:] if args is None else args):
             return super().parse_args(args, namespace)
         return self.parse_intermixed_args(args, namespace)
 
@@ -45,3 +50,10 @@ def reader(read: Callable[[Any], Read]) -> Callable[[str], Read]:
             raise argparse.ArgumentTypeError(f"is {error}") from error
 
     return of_text
+
+
+def list_to_paste(key: str, value: str) -> str:
+    """`key=[value]`, a list of one path for `nexus-gen run`, as it can be pasted into a shell."""
+    if set(value) & set(",'\"[]") or value != value.strip():
+        value = QuotedString(value, Quote.single).with_quotes()
+    return shlex.quote(f"{key}=[{value}]")

@@ -12,7 +12,7 @@ from nexus_gen.specs.numbers import read_number, read_whole
 
 def parsed(*words: str) -> Any:
     parser = Parser(prog="nexus-gen try")
-    parser.add_argument("run", type=Path, nargs="?", default=Path("shipped"))
+    parser.add_argument("run", type=Path, nargs="?", default=Path("shipped"), help="default: %(default)s")
     parser.add_argument("words", nargs="*")
     group = parser.add_argument_group("group")
     group.add_argument("--share", type=float)
@@ -35,7 +35,7 @@ def test_numbers_as_people_write_them() -> None:
     for value in (True, None, [1], "1,5", 10**400):
         with pytest.raises(ValueError, match="it must be a number"):
             read_number(value)
-    with pytest.raises(UserError, match="--count is 2.5; it must be a whole number"):
+    with pytest.raises(UserError, match=r"--count is 2\.5; it must be a whole number"):
         parsed("--count", "2.5")
 
 
@@ -64,7 +64,15 @@ def test_home_is_expanded_where_the_shell_does_not(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_argparse_finds_wrong_is_one_sentence() -> None:
-    with pytest.raises(UserError, match="^unrecognized arguments: --flog; `nexus-gen try --help` says more$"):
+    with pytest.raises(UserError, match=r"^unrecognized arguments: --flog; `nexus-gen try --help` says more$"):
         parsed("--flog")
-    with pytest.raises(UserError, match="^--count: expected one argument; "):
+    with pytest.raises(UserError, match=r"^--count: expected one argument; "):
         parsed("--count")
+
+
+@pytest.mark.parametrize("words", [("--help",), ("a", "-h"), ("a", "--flag", "b", "--help")])
+def test_help_names_positional_arguments(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parsed(*words)
+    assert caught.value.code == 0
+    assert "usage: nexus-gen try [-h]" in (shown := capsys.readouterr().out) and "default: shipped" in shown
