@@ -3,13 +3,19 @@
 Modules are imported when their command is called, so that `--help`, errors and completion stay fast.
 """
 
-import errno
-import importlib
 import os
-import select
-import signal
 import sys
 
+if __name__ == "__main__" and not sys.flags.safe_path:  # python -m launch.cli, where nexus-gen is not installed
+    # In place of the working directory, before anything is imported from there.
+    sys.path[0] = os.path.dirname(os.path.dirname(__file__))
+
+import errno
+import importlib
+import select
+import signal
+
+from launch.python_path import python_variables
 from nexus_gen.specs.errors import UserError, nearest
 
 # command -> (module with main(argv), what it does)
@@ -96,7 +102,9 @@ def reader_is_gone(file: int) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        os.environ |= python_variables()  # for all that commands start
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(usage(), flush=True)
@@ -132,5 +140,5 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-if __name__ == "__main__":  # python -m launch.cli, where the console script is not installed
+if __name__ == "__main__":
     sys.exit(main())

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.overrides import CONFIGS, Override
+from launch.python_path import CHECKOUT
 from nexus_gen.specs.errors import UserError, nearest
 from train.schemas.fields import keys, path_values, typed, types_of_keys
 from train.schemas.stages import SCHEMAS, StageConfig
@@ -17,7 +18,7 @@ from train.schemas.stages import SCHEMAS, StageConfig
 # Sections that describe more than one stage reads; a stage takes its part of them.
 SHARED = ("model", "data", "logger")
 # ${checkout:PATH} in configs/: what ships is found wherever a command is started.
-OmegaConf.register_new_resolver("checkout", lambda path: str(CONFIGS.parent / path), replace=True)
+OmegaConf.register_new_resolver("checkout", lambda path: str(CHECKOUT / path), replace=True)
 
 
 def compose_stage(overrides: list[Override]) -> StageConfig:

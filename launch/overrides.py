@@ -7,7 +7,6 @@ Numbers, switches and lists of numbers are read by Hydra's grammar.
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -15,12 +14,13 @@ from hydra.core.override_parser.types import Override as Parsed
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
+from launch.python_path import CHECKOUT
 from nexus_gen.specs.arguments import list_to_paste
 from nexus_gen.specs.errors import UserError, nearest
 from train.schemas.fields import escaped, types_of_keys
 from train.schemas.stages import SCHEMAS
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = CHECKOUT / "configs"
 NOT_OF_STAGES = ("pipeline", "ablation")  # folders of configs/ that hold plans, not parts of a stage's config
 GROUPS = tuple(sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in NOT_OF_STAGES))
 EXPECTED = {

@@ -155,7 +155,7 @@ def describe(config: StageConfig) -> str:
     if launch.kind == "slurm":
         lines += ["  sbatch script:", *(f"    {line}" for line in slurm_script(launch, config_path).splitlines())]
     else:
-        variables = " ".join(f"{name}={value}" for name, value in worker_environment(launch).items())
+        variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in worker_environment(launch).items())
         each = " (on every machine)" if launch.num_nodes > 1 else ""
         lines.append(f"  command{each}: {variables} {shlex.join(worker_command(launch, config_path))}")
     return "\n".join(lines)

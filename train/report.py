@@ -8,6 +8,7 @@ import dataclasses
 import io
 import logging
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -192,7 +193,8 @@ def main(argv: list[str]) -> int:
     print("try next:")
     # As it can be typed here: `make demo` runs it from a virtual environment that is not activated.
     command = "nexus-gen" if shutil.which("nexus-gen") else os.path.relpath(Path(sys.executable).parent / "nexus-gen")
-    flag = "" if run == default_run() else f" --run {run}"
+    command = shlex.quote(command)
+    flag = "" if run == default_run() else f" --run {shlex.quote(str(run))}"
     print(f'  {command} generate --prompt "a red circle on a white background"{flag}')
     print(f'  {command} edit --input-image generation.png --instruction "make the circle blue"{flag}')
     print(f'  {command} understand --input-image generation.png --prompt "What colour is the circle?"{flag}')
