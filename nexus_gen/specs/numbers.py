@@ -5,7 +5,7 @@ from typing import Any
 
 
 def read_number(value: Any) -> float:
-    """A finite number out of a number or its text. Raises ValueError, whose text follows `is ...`.
+    """A finite number, itself or out of its text. Raises ValueError, whose text follows `is`.
 
     YAML 1.1 reads `1e-1`, which has no point, as a text.
     """
@@ -17,7 +17,7 @@ def read_number(value: Any) -> float:
         raise ValueError(f"{value!r}; it must be a number") from None
     if not math.isfinite(number):
         raise ValueError(f"{value}; it must be a finite number")
-    return number
+    return value if isinstance(value, int) else number
 
 
 def read_whole(value: Any) -> int:
@@ -30,6 +30,6 @@ def read_whole(value: Any) -> int:
     elif isinstance(value, int) and not isinstance(value, bool):
         return value
     number = read_number(value)
-    if not number.is_integer():
+    if number != int(number):
         raise ValueError(f"{value}; it must be a whole number")
     return int(number)
