@@ -15,6 +15,7 @@ from typing import Any
 from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import Manifest, write_text_atomic
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.numbers import not_finite
 from train.metrics import read_metrics
 from train.report import stage_rows
 from train.schemas.ablation import PLAN
@@ -62,6 +63,8 @@ def read_result(path: Path) -> dict[str, Any]:
         for seed, facts in arm["seeds"].items():
             if not isinstance(facts, dict) or not facts.keys() >= FACTS:
                 raise UserError(f"{path} does not say what arm {name} logged under seed {seed}; plot its directory")
+    for key, value in not_finite(result):
+        raise UserError(f"{path}: {key} is {value}; it must be a finite number")
     return result
 
 

@@ -23,6 +23,7 @@ from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths
+from nexus_gen.specs.numbers import not_finite
 from nexus_gen.specs.prompts import (
     EDITING_PROMPT,
     EDITING_REPLY,
@@ -105,6 +106,8 @@ def read_prompts(path: Path) -> list[Metadata]:
             ]
         if record.values is None or not isinstance(record.values.get("prompt"), str):
             raise UserError(f"{record.where}: no prompt; each line is an object with a prompt, as GenEval's metadata")
+        for key, value in not_finite(record.values):
+            raise UserError(f"{record.where}: {key} is {value}; it must be a finite number")
         prompts.append(record.values)
     return prompts
 

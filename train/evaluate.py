@@ -284,7 +284,8 @@ def main(argv: list[str]) -> int:
     wanted = phases(tasks, arguments)
     if not wanted:
         raise UserError(f"{rows} holds no rows of {', '.join(arguments.tasks)}; give other --tasks or --rows")
-    models = Models(arguments, sorted({phase.decoder for phase in wanted if phase.decoder}))
+    painting = {phase.decoder for phase in wanted}
+    models = Models(arguments, [kind for kind in DECODER_KINDS if kind in painting])
     split = arguments.split if arguments.rows is None else rows.stem
     options = ("num", "tasks", "seed", "editor", "num_inference_steps", "cfg_scale")
     settings = {"split": split, **{name: getattr(arguments, name) for name in options}}

@@ -1,6 +1,7 @@
 """Numbers as people write them in options, files and rows: `1e-1`, `2e3` and `1_000`, but neither infinity nor NaN."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -33,3 +34,15 @@ def read_whole(value: Any) -> int:
     if number != int(number):
         raise ValueError(f"{value}; it must be a whole number")
     return int(number)
+
+
+def not_finite(values: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """(dotted key, value) of every infinite number and NaN in nested values; those of a list are under its key."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from not_finite(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for value in values:
+            yield from not_finite(value, key)
+    elif isinstance(values, float) and not math.isfinite(values):
+        yield key, values

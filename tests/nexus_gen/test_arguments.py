@@ -76,3 +76,15 @@ def test_help_names_positional_arguments(words: tuple[str, ...], capsys: pytest.
         parsed(*words)
     assert caught.value.code == 0
     assert "usage: nexus-gen try [-h]" in (shown := capsys.readouterr().out) and "default: shipped" in shown
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "nan", True, [1]])
+def test_fields_of_the_page_take_finite_numbers(value: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gradio = pytest.importorskip("gradio")
+    from nexus_gen.ui_parts import Number, Slider
+
+    for field in (Number(label="Seed", precision=0, minimum=0), Slider(label="Steps", minimum=1, maximum=200, step=1)):
+        with pytest.raises(gradio.Error, match=f"{field.label} is .*; it must be a (finite )?number"):
+            field.preprocess(value)
+        assert field.preprocess(7) == 7
+    assert Number(label="Seed").preprocess(None) is None

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import os
 import re
 import typing
@@ -16,6 +15,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from nexus_gen.specs.artifact import digest, fingerprint_inside, hash_file
 from nexus_gen.specs.errors import UserError, nearest
+from nexus_gen.specs.numbers import not_finite
 from train.schemas.common import PATH
 from train.schemas.stages import SCHEMAS, StageConfig
 
@@ -97,9 +97,8 @@ def typed(stage: str, values: dict[str, Any]) -> StageConfig:
             raise UserError(f"{error.full_key} takes a list: {error.full_key}=[A,B]") from error
         raise UserError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from error
     assert isinstance(config, StageConfig)
-    for key, value in leaves(dataclasses.asdict(config)):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{key} is {value}; it must be a finite number")
+    for key, value in not_finite(dataclasses.asdict(config)):
+        raise UserError(f"{key} is {value}; it must be a finite number")
     config.check()
     return config
 
@@ -117,18 +116,6 @@ def whole(stage: str, values: dict[str, Any]) -> dict[str, Any]:
         return int(value) if is_whole else value
 
     return converted(values, "")
-
-
-def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every plain value in nested ones; those of a list under its key."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from leaves(item, f"{key}.{name}".removeprefix("."))
-    elif isinstance(value, list):
-        for item in value:
-            yield from leaves(item, key)
-    else:
-        yield key, value
 
 
 def as_yaml(config: StageConfig) -> str:

@@ -660,12 +660,13 @@ def require_checkpoint(key: str, directory: str | os.PathLike[str]) -> dict[str,
     return values
 
 
+# In the order in which pipelines run them, which is how they are listed.
 SCHEMAS: dict[str, type[StageConfig]] = {
     "shapes": ShapesStageConfig,
     "standins": StandinsStageConfig,
     "pretrain": PretrainConfig,
     "embed_generation": EmbedGenerationConfig,
-    "embed_editing": EmbedEditingConfig,
     "generation_decoder": GenerationDecoderConfig,
+    "embed_editing": EmbedEditingConfig,
     "editing_decoder": EditingDecoderConfig,
 }
