@@ -46,8 +46,11 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"stages: {stages}\npipelines: {pipelines}\n\n"
         "Overrides are key=value (trainer.max_steps=100) or group=file (launch=slurm). In a pipeline a key goes to\n"
-        "every stage that reads it; STAGE.key=value goes to one. Results are in runs_dir/name/STAGE, by default\n"
-        "runs/tiny/STAGE: a log, checkpoints and, once it is whole, an artifact.\n\n"
+        "every stage that reads it; STAGE.key=value (pretrain.trainer.max_steps=100) goes to one. Results are in\n"
+        "runs_dir/name/STAGE, by default runs/tiny/STAGE: a log, checkpoints and, once it is whole, an artifact.\n\n"
+        "Names and paths are taken as they are typed (name=1.50, data.train=a=b,c.jsonl), ${...} in them too, and\n"
+        "quotes are for the shell ('name=my run'). A list is [A,B]: 'data.quarantine=[a.jsonl,b.jsonl]', with\n"
+        "quotes around a path that has a comma. Relative paths begin where the command is started.\n\n"
         "A stage whose config and inputs are those of its artifact is skipped. from=STAGE makes that stage's artifact\n"
         "again and goes on with the stages behind it. After an interruption the same command goes on where it was,\n"
         "with from=... and without it; resume=false starts over.\n\n"

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from hydra.core.override_parser.types import Quote, QuotedString
-
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.numbers import read_number, read_whole
 
@@ -55,5 +53,7 @@ def reader(read: Callable[[Any], Read]) -> Callable[[str], Read]:
 def list_to_paste(key: str, value: str) -> str:
     """`key=[value]`, a list of one path for `nexus-gen run`, as it can be pasted into a shell."""
     if set(value) & set(",'\"[]") or value != value.strip():
+        from hydra.core.override_parser.types import Quote, QuotedString  # most commands do without
+
         value = QuotedString(value, Quote.single).with_quotes()
     return shlex.quote(f"{key}=[{value}]")
