@@ -32,14 +32,17 @@ def stage(*texts: str) -> StageConfig:
 def test_names_and_paths_are_taken_as_typed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/somebody")
-    typed = f"./{name}/rows.jsonl"
-    config = stage("stage=pretrain", f"name={name}", f"data.train={typed}", f"data.heldout={tmp_path}/{name}")
+    (tmp_path / name).mkdir()
+    for file in ("rows.jsonl", "heldout.jsonl"):
+        (tmp_path / name / file).touch()
+    paths = [f"data.train=./{name}/rows.jsonl", f"data.heldout={tmp_path}/{name}/heldout.jsonl"]
+    config = stage("stage=pretrain", f"name={name}", *paths)
     assert config.name == name
     assert config.run_dir == tmp_path / "runs" / name / "pretrain"
     assert config.inputs() == {
         "model.qwen": tmp_path / "runs" / name / "standins" / "artifact" / "Qwen2.5-VL-Instruct",
         "data.train": tmp_path / name / "rows.jsonl",
-        "data.heldout": tmp_path / name,
+        "data.heldout": tmp_path / name / "heldout.jsonl",
     }
     prepare(config, {})
     assert load_config(config.run_dir) == config
@@ -143,11 +146,14 @@ def test_numbers_as_people_write_them() -> None:
     assert (values["optim"].warmup_steps, values["optim"].learning_rate, values["seed"]) == (10, 0.1, 7)
 
 
-def test_a_pipeline_takes_them_for_all_stages_and_for_one() -> None:
-    typed = [f"name={NAMES[14]}", "runs_dir=/a=b", "data.train=/c,d", "data.heldout=/[y]", "pretrain.data.train=/${e}"]
+def test_a_pipeline_takes_them_for_all_stages_and_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("c,d", "[y]", "${e}"):
+        (tmp_path / file).touch()
+    typed = [f"name={NAMES[14]}", "runs_dir=/a=b", "data.train=c,d", "data.heldout=[y]", "pretrain.data.train=${e}"]
     configs = {config.stage: config for config in compose_pipeline("tiny_messages", list(map(Override.parse, typed)))}
-    assert configs["pretrain"].inputs()["data.train"] == Path("/${e}")
-    assert configs["embed_editing"].inputs()["data.train"] == Path("/c,d")
+    assert configs["pretrain"].inputs()["data.train"] == tmp_path / "${e}"
+    assert configs["embed_editing"].inputs()["data.train"] == tmp_path / "c,d"
     where = configs["editing_decoder"].inputs()["init.transformer"]  # ${runs_dir} and ${name} of configs/ are meant
     assert where == Path("/a=b") / NAMES[14] / "generation_decoder" / "artifact"
 
