@@ -19,6 +19,7 @@ from data.doctor_report import QuarantineFile, print_table, write_page
 from data.examine import examine, open_datasets
 from data.mixture import asked_in_vain, load_mixture
 from data.token_lengths import TokenLengths
+from nexus_gen.specs.arguments import Parser, list_to_paste
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS
 from nexus_gen.specs.models import target_tokens_of
@@ -30,8 +31,8 @@ DATA_KEYS = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+def parser() -> Parser:
+    result = Parser(
         prog="nexus-gen data check",
         description="Find what would break or bend a training run in message datasets, before one starts.",
         epilog="Exit status: 0 when no row has an error, 1 when --strict is given and there are warnings, 2 when rows "
@@ -172,10 +173,11 @@ def main(argv: list[str]) -> int:
         write_page(report, given.report)
         print(f"page: {given.report}")
     if given.quarantine:
+        option = list_to_paste("data.quarantine", str(given.quarantine))
         print(
             f"quarantine: not written, because reading stopped after {given.max_errors} broken rows"
             if report.stopped
-            else f"quarantine: {given.quarantine} (data.quarantine=[{given.quarantine}] leaves its rows out of a run)"
+            else f"quarantine: {given.quarantine} ({option} leaves its rows out of a run)"
         )
     if report.num_quarantined or report.mistakes:
         return 2

@@ -4,7 +4,7 @@ The keys are those of `data.mixture`.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from data.messages import TASKS, Row, parse_record
 from data.notices import Notices
 from data.records import Record, Records, open_records
 from nexus_gen.specs.errors import UserError, nearest
+from nexus_gen.specs.numbers import read_number, read_whole
 from nexus_gen.specs.prompts import LANGUAGES
 
 SUFFIXES = (".yaml", ".yml")
@@ -102,13 +103,13 @@ def load_mixture(path: str | os.PathLike[str], picture_root: str | os.PathLike[s
     sources = tuple(
         _source(entry, f"{path}, source {n}", path, root) for n, entry in enumerate(values["sources"], start=1)
     )
-    epoch_rows = values.get("epoch_rows")
+    epoch_rows = _read(read_whole, f"{path}: epoch_rows", values.get("epoch_rows"))
     weighted = [source.weight is not None for source in sources]
     if any(weighted) and not all(weighted):
         raise UserError(f"{path}: {sum(weighted)} of {len(sources)} sources have a weight; give all one, or none")
     if epoch_rows is not None and not all(weighted):
         raise UserError(f"{path}: epoch_rows goes with weights; with counts their sum is the epoch")
-    if epoch_rows is not None and (not isinstance(epoch_rows, int) or epoch_rows < len(sources)):
+    if epoch_rows is not None and epoch_rows < len(sources):
         raise UserError(f"{path}: epoch_rows is {epoch_rows!r}; it must be a number of at least one row per source")
     return MixtureSpec(path, sources, epoch_rows)
 
@@ -123,7 +124,8 @@ def _source(entry: Any, where: str, path: Path, picture_root: str) -> Source:
     source = Source(**entry)
     if not isinstance(source.path, str):
         raise UserError(
-            f"{where}: path is {source.path!r}; give one file or a pattern, and a source for each other one"
+            f"{where}: path is {source.path!r}; give one file or a pattern, in quotes where YAML reads something else "
+            "than a text, and a source for each other one"
         )
     for key, valid in (("tasks", TASKS), ("languages", LANGUAGES)):
         given = getattr(source, key)
@@ -133,14 +135,16 @@ def _source(entry: Any, where: str, path: Path, picture_root: str) -> Source:
         raise UserError(f"{where}: there is no format {source.format!r}{nearest(str(source.format), CONVERTERS)}")
     if source.weight is not None and source.count is not None:
         raise UserError(f"{where} has both a weight and a count; give one of them")
-    for key in ("weight", "count"):
-        given = getattr(source, key)
-        number = int if key == "count" else int | float
-        if given is not None and (not isinstance(given, number) or isinstance(given, bool) or given <= 0):
+    weight = _read(read_number, f"{where}: weight", source.weight)
+    count = _read(read_whole, f"{where}: count", source.count)
+    for key, given in (("weight", weight), ("count", count)):
+        if given is not None and given <= 0:
             raise UserError(f"{where}: {key} is {given!r}; it must be a number above 0")
-    if not isinstance(source.captions, dict) or not all(
-        isinstance(weight, int | float) and weight >= 0 for weight in source.captions.values()
-    ):
+    try:
+        captions = {label: read_number(of) for label, of in source.captions.items()}
+    except (AttributeError, ValueError):
+        captions = {"": -1}
+    if min(captions.values(), default=0) < 0:
         raise UserError(f"{where}: captions is {source.captions!r}; give weights by label, {{long: 2, short: 1}}")
     if not isinstance(source.system, str):
         raise UserError(f"{where}: system is {source.system!r}; give a text")
@@ -155,7 +159,18 @@ def _source(entry: Any, where: str, path: Path, picture_root: str) -> Source:
     found = [dataset_files(match) for match in matches]
     return replace(
         source,
+        weight=weight,
+        count=count,
+        captions=captions,
         picture_root=root,
         files=tuple(dict.fromkeys(file for of_match in found for file in of_match.files)),
         notices={folder: notices for of_match in found for folder, notices in of_match.notices.items()},
     )
+
+
+def _read(read: Callable[[Any], Any], what: str, value: Any) -> Any:
+    """A number of a mixture file, or None where there is none. UserError naming it."""
+    try:
+        return None if value is None else read(value)
+    except ValueError as error:
+        raise UserError(f"{what} is {error}") from error

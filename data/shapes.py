@@ -8,7 +8,6 @@ part, never the combination. Of the others the hash decides between `train` and 
 trained on by its task in another wording or language. No torch here: launchers import it.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -27,6 +26,7 @@ import numpy as np
 
 from data.scenes import draw
 from data.shape_contents import CATEGORIES, Content, Imagination, ShapesConfig, with_new_names
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import MANIFEST, Manifest, building, seal
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.prompts import (
@@ -178,7 +178,7 @@ def draw_rows(directory: Path, config: ShapesConfig, seed: int, num_workers: int
 
 def main(argv: list[str]) -> int:
     """`nexus-gen data shapes`; argv[0] is the command word."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nexus-gen data shapes",
         description="Draw the dataset of coloured shapes into a directory: a JSONL file for each split, images/.",
     )

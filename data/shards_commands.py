@@ -31,6 +31,7 @@ from data.shards import (
     scan_shard,
     write_shard,
 )
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import Manifest, seal, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import open_image
@@ -43,8 +44,8 @@ THUMBNAIL_PX = 96
 NUM_NEIGHBOURS = 5
 
 
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(prog="nexus-gen shards", description="Check, mend, measure and show shards.")
+def parser() -> Parser:
+    result = Parser(prog="nexus-gen shards", description="Check, mend, measure and show shards.")
     commands = result.add_subparsers(dest="command", required=True)
     helps = {
         "verify": "check sums, members, counts, shapes and values; exit status 1 when something is wrong",

@@ -21,15 +21,17 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from launch import cli
-from launch.compose import CONFIGS, Override
 from launch.gpus import require_gpus
+from launch.overrides import CONFIGS, Override
 from launch.run import compose_plan, describe, run_stages
+from nexus_gen.specs.arguments import Parser, reader
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError, nearest
-from nexus_gen.specs.models import SHIPPED_RUN
+from nexus_gen.specs.models import SHIPPED_RUN, runs_dir
+from nexus_gen.specs.numbers import read_whole
 from nexus_gen.specs.results import check_result
 from train.schemas.ablation import PLAN, Ablation
-from train.schemas.fields import fingerprint_values
+from train.schemas.fields import escaped, fingerprint_values
 from train.schemas.parents import end_with_parent
 from train.schemas.stages import StageConfig
 
@@ -52,9 +54,9 @@ class Arm:
         return f"{self.ablation}/{self.name}/seed{self.seed}"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     questions = (f"  {name:<15}{OmegaConf.load(path).question}" for name, path in FILES.items())
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="nexus-gen ablate",
         description="Train stages of a run anew in arms that differ in one thing, and compare them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "words", nargs="+", metavar="NAME | key=value", help="ablations, or `all`; overrides of all arms"
     )
-    result.add_argument("--run", type=Path, default=Path("runs/shapes"), help="what arms start from (%(default)s)")
+    result.add_argument("--run", type=Path, default=runs_dir() / "shapes", help="what arms start from (%(default)s)")
     result.add_argument("--output", type=Path, help="directory to write (default: ablations, beside the run)")
     result.add_argument(
         "--seeds", type=seeds, default=[42], metavar="N,N", help="train and compare each arm with each (42)"
@@ -76,11 +78,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def seeds(text: str) -> list[int]:
-    return list(dict.fromkeys(int(number) for number in text.split(",")))
+    return list(dict.fromkeys(reader(read_whole)(number) for number in text.split(",")))
 
 
 def main(argv: list[str]) -> int:
-    arguments = parser().parse_intermixed_args(argv[1:])
+    arguments = parser().parse_args(argv[1:])
     names = [word for word in arguments.words if "=" not in word]
     given = [Override.parse(word) for word in arguments.words if "=" in word]
     for name in names:
@@ -126,8 +128,8 @@ def main(argv: list[str]) -> int:
 
 
 def load(name: str, run: Path) -> Ablation:
-    """A file of configs/ablation/ with ${run} resolved."""
-    values = OmegaConf.merge(OmegaConf.structured(Ablation), OmegaConf.load(FILES[name]), {"run": str(run)})
+    """A file of configs/ablation/ with ${run} resolved: its overrides are then as people would type them."""
+    values = OmegaConf.merge(OmegaConf.structured(Ablation), OmegaConf.load(FILES[name]), escaped({"run": str(run)}))
     ablation: Any = OmegaConf.to_object(values)
     return ablation
 
@@ -143,9 +145,10 @@ def compose_arms(name: str, run: Path, output: Path, seeds: list[int], given: li
             overrides = [*map(Override.parse, [*ablation.overrides, *own, *place]), *given]
             plan = {"stages": ablation.stages, "experiments": ablation.experiments}
             arms.append(Arm(name, arm, seed, directory, compose_plan(plan, overrides, f"ablation {name}")))
-    for key in {override.key for override in given}:
-        if any(Override.parse(text).key == key for own in ablation.arms.values() for text in own):
-            raise UserError(f"the arms of ablation {name} differ in {key}; leave it out")
+    for override in given:
+        for one in (Override.parse(text) for texts in ablation.arms.values() for text in texts):
+            if one.key == override.key and (one.stage == override.stage or not (one.stage and override.stage)):
+                raise UserError(f"the arms of ablation {name} differ in {override.key}; leave it out")
     return arms
 
 

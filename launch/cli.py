@@ -3,14 +3,20 @@
 Modules are imported when their command is called, so that `--help`, errors and completion stay fast.
 """
 
+import os
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:  # python -m launch.cli, where nexus-gen is not installed
+    # In place of the working directory, before anything is imported from there.
+    sys.path[0] = os.path.dirname(os.path.dirname(__file__))
+
 import errno
 import importlib
-import os
 import select
 import signal
-import sys
 import threading
 
+from launch.python_path import python_variables
 from nexus_gen.specs.errors import UserError, nearest
 
 # command -> (module with main(argv), what it does)
@@ -42,7 +48,7 @@ COMMANDS = {
 # What happens to files that no check beforehand rules out; that one is missing is for checks to say.
 FILE_TROUBLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
-    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
 # The only variables that the program reads; a misspelt one would silently do nothing.
 VARIABLES = {"NEXUS_GEN_RUNS": "where runs are written when runs_dir is not given"}
@@ -102,7 +108,9 @@ def end(number: int, _frame: object) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        os.environ |= python_variables()  # for all that commands start
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, end)
     try:
@@ -140,5 +148,5 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-if __name__ == "__main__":  # python -m launch.cli, where the console script is not installed
+if __name__ == "__main__":
     sys.exit(main())

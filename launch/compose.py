@@ -1,48 +1,24 @@
 """From overrides on a command line to a validated, resolved config of one stage."""
 
-from dataclasses import dataclass
+import os
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.overrides import CONFIGS, Override
+from launch.python_path import CHECKOUT
 from nexus_gen.specs.errors import UserError, nearest
-from train.schemas.fields import keys, path_values, typed
+from train.schemas.fields import keys, path_values, typed, types_of_keys
 from train.schemas.stages import SCHEMAS, StageConfig
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 # Sections that describe more than one stage reads; a stage takes its part of them.
 SHARED = ("model", "data", "logger")
-
-
-@dataclass(frozen=True)
-class Override:
-    """One `key=value` of the command line. is_group: it picks a file of configs/<key>/."""
-
-    text: str
-    key: str
-    is_group: bool
-
-    @staticmethod
-    def parse(text: str) -> "Override":
-        try:
-            parsed = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            raise UserError(f"'{text}' is not key=value: {str(error).splitlines()[-1]}") from error
-        if parsed.is_sweep_override():
-            raise UserError(f"'{text}' is a sweep; give one value, or start one run per value")
-        if parsed.is_delete():
-            raise UserError(f"'{text}' takes a key away, and every stage needs its keys; give key=value")
-        key = parsed.key_or_group.split("@")[0]
-        is_group = (CONFIGS / key).is_dir()
-        if is_group and not isinstance(parsed.value(), str):
-            files = (path.stem for path in (CONFIGS / key).glob("*.yaml"))
-            raise UserError(f"'{text}' names no file of configs/{key}/{nearest('', files)}")
-        return Override(text, key, is_group)
+# ${checkout:PATH} in configs/: what ships is found wherever a command is started.
+OmegaConf.register_new_resolver("checkout", lambda path: str(CHECKOUT / path), replace=True)
 
 
 def compose_stage(overrides: list[Override]) -> StageConfig:
@@ -50,34 +26,44 @@ def compose_stage(overrides: list[Override]) -> StageConfig:
 
     Raises UserError naming the nearest valid key, file or type.
     """
+    stages = [override.value for override in overrides if override.key == "stage"]
+    if not stages:
+        raise UserError(f"give stage=... or pipeline=...; stages: {', '.join(SCHEMAS)}")
+    stage = stages[-1]
+    for override in overrides:
+        refuse_without_effect(override, stage)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         try:
-            composed = compose("run", overrides=[override.text for override in overrides])
+            composed = compose("run", overrides=[override.in_hydra for override in overrides])
             values: Any = OmegaConf.to_container(composed, resolve=True)
-            stage = values["stage"]
-            for override in overrides:
-                refuse_without_effect(override, stage, composed)
-            return typed(stage, absolute(stage, keep(values, keys(stage))))
-        except MissingConfigException as error:
-            raise UserError(missing_config(error)) from error
-        except ConfigCompositionException as error:
-            raise UserError(composition_error(error, overrides)) from error
         except HydraException as error:
             raise UserError(str(error).splitlines()[0]) from error
         except OmegaConfBaseException as error:
             raise UserError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from error
+    return typed(stage, absolute(stage, keep(values, keys(stage))))
 
 
-def refuse_without_effect(override: Override, stage: str, composed: DictConfig) -> None:
+def refuse_without_effect(override: Override, stage: str) -> None:
     """An option that the stage does not read is an error, also where another stage reads it."""
     valid = keys(stage)
+    if override.stage and override.stage != stage:
+        raise UserError(f"'{override.text}' is for stage={override.stage}, and this is stage={stage}; leave it out")
     if override.is_group or override.key in valid:
         return
-    if override.key.split(".")[0] in SHARED and OmegaConf.select(composed, override.key) is not None:
+    if override.key.split(".")[0] in SHARED and override.key in types_of_keys():
         raise UserError(
             f"{override.key} has no effect on stage={stage}; it reads {', '.join(near_keys(override.key, valid))}"
         )
+    refuse_misspelt_stage(override, [stage])
     raise UserError(f"stage={stage} has no key '{override.key}'{nearest(override.key, valid)}")
+
+
+def refuse_misspelt_stage(override: Override, stages: list[str]) -> None:
+    """UserError for STAGE.key=value that names no stage of `stages` and a key that one of them reads."""
+    name, _, key = override.key.partition(".")
+    if override.stage not in stages and (override.stage or any(key in keys(stage) for stage in stages)):
+        name = override.stage or name
+        raise UserError(f"'{override.text}': there is no stage {name} here{nearest(name, stages)}")
 
 
 def near_keys(key: str, valid: set[str]) -> list[str]:
@@ -101,24 +87,5 @@ def keep(values: dict[str, Any], valid: set[str], prefix: str = "") -> dict[str,
 def absolute(stage: str, values: dict[str, Any]) -> dict[str, Any]:
     """Paths of the command line are relative to where it was typed; workers may start elsewhere."""
     for section, leaf in path_values(stage, values):
-        section[leaf] = str(Path(section[leaf]).expanduser().absolute())
+        section[leaf] = str(Path(os.path.expanduser(section[leaf])).absolute())
     return values
-
-
-def missing_config(error: MissingConfigException) -> str:
-    """`stage=prtrain` and the like: the group, the choice and the nearest one."""
-    missing = error.missing_cfg_file or ""
-    group, _, choice = missing.rpartition("/")
-    return f"there is no {group}={choice}{nearest(choice, error.options or [])}"
-
-
-def composition_error(error: ConfigCompositionException, overrides: list[Override]) -> str:
-    """A key that nothing in the composed config has."""
-    lines = str(error).splitlines()
-    if "You must specify" in lines[0]:
-        return f"give stage=... or pipeline=...; stages: {', '.join(SCHEMAS)}"
-    for override in overrides:
-        if f"'{override.key}'" in lines[0]:
-            valid = keys(next((o.text.split("=")[1] for o in overrides if o.key == "stage"), "pretrain"))
-            return f"there is no key '{override.key}'{nearest(override.key, valid)}"
-    return lines[0]

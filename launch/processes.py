@@ -16,6 +16,7 @@ import psutil
 
 from launch.gpus import uses_gpus
 from launch.lock import SUFFIX, Lock
+from launch.python_path import python_variables
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
 from train.schemas.common import LaunchConfig
@@ -68,14 +69,19 @@ def worker_environment(launch: LaunchConfig) -> dict[str, str]:
         "OMP_WAIT_POLICY": "passive",
         "PYTHONUNBUFFERED": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT_S),
+        **python_variables(),
     }
 
 
 def slurm_script(launch: LaunchConfig, config_path: Path) -> str:
     """A batch script that starts one torchrun per node; the first node of the job is the meeting point."""
     hours, minutes = divmod(launch.timeout_minutes, 60)
-    exports = [f"export {name}={value}" for name, value in worker_environment(launch).items()]
-    command = worker_command(launch, config_path, rendezvous='"$head":29500')
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in worker_environment(launch).items()]
+    meeting = "$head:29500"
+    command = [
+        word.replace(meeting, '"$head":29500') if word.endswith(f"={meeting}") else shlex.quote(word)
+        for word in worker_command(launch, config_path, rendezvous=meeting)
+    ]
     lock = shlex.quote(f"{config_path.parent}/log/slurm{SUFFIX}")
     return "\n".join(
         [
@@ -85,8 +91,8 @@ def slurm_script(launch: LaunchConfig, config_path: Path) -> str:
             "#SBATCH --ntasks-per-node=1",
             f"#SBATCH --gpus-per-node={launch.processes_per_node}",
             f"#SBATCH --time={hours:02d}:{minutes:02d}:00",
-            f"#SBATCH --output={shlex.quote(str(config_path.parent))}/log/slurm-%j.log",
-            *([f"#SBATCH --partition={launch.partition}"] if launch.partition else []),
+            f"#SBATCH --output={for_sbatch(log_directory(config_path))}/slurm-%j.log",
+            *([f"#SBATCH --partition={for_sbatch(launch.partition)}"] if launch.partition else []),
             "set -euo pipefail",
             # The submitting command holds a lock of its own, which the job may outlive.
             f"exec 9<>{lock}",
@@ -95,10 +101,25 @@ def slurm_script(launch: LaunchConfig, config_path: Path) -> str:
             """printf '{"host": "Slurm job %s", "pids": []}' "$SLURM_JOB_ID" >&9""",
             *exports,
             'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            f"srun {' '.join(word if '$' in word else shlex.quote(word) for word in command)}",
+            f"srun {' '.join(command)}",
             "",
         ]
     )
+
+
+def log_directory(config_path: Path) -> str:
+    """A stage's log/ in Slurm's patterns of file names. UserError where these cannot name it."""
+    directory = str(config_path.parent / "log")
+    if "\\" in directory:
+        raise UserError(f"Slurm cannot write logs into {directory}, with its backslash; give another name or runs_dir")
+    return directory.replace("%", "%%")
+
+
+def for_sbatch(text: str) -> str:
+    """A value as sbatch reads it in a script: it knows quotes and backslashes, and # is a comment inside quotes too."""
+    if shlex.quote(text) == text:
+        return text
+    return '"' + "".join(f"\\{character}" if character in "\"'#\\" else character for character in text) + '"'
 
 
 class Processes:

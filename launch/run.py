@@ -15,10 +15,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from launch.compose import CONFIGS, Override, compose_stage
+from launch.compose import compose_stage, refuse_misspelt_stage
 from launch.gpus import require_gpus
 from launch.lock import locked
+from launch.overrides import CONFIGS, Override, choice, choices, unquoted
 from launch.processes import Crew, slurm_script, worker_command, worker_environment
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.errors import UserError, nearest
 from train.schemas.failures import STOPPED
 from train.schemas.fields import as_yaml, keys
@@ -37,19 +39,19 @@ from train.schemas.stages import SCHEMAS, StageConfig, preflight_pipeline
 GROUPS_OF_ALL = ("model", "data", "launch", "logger", "experiment")
 
 
-def parser() -> argparse.ArgumentParser:
-    stages, pipelines = (
-        ", ".join(SCHEMAS),
-        ", ".join(sorted(path.stem for path in (CONFIGS / "pipeline").glob("*.yaml"))),
-    )
-    result = argparse.ArgumentParser(
+def parser() -> Parser:
+    stages, pipelines = ", ".join(SCHEMAS), ", ".join(choices("pipeline"))
+    result = Parser(
         prog="nexus-gen run",
         description="Run one stage or a pipeline of stages.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"stages: {stages}\npipelines: {pipelines}\n\n"
         "Overrides are key=value (trainer.max_steps=100) or group=file (launch=slurm). In a pipeline a key goes to\n"
-        "every stage that reads it; STAGE.key=value goes to one. Results are in runs_dir/name/STAGE, by default\n"
-        "runs/tiny/STAGE: a log, checkpoints and, once it is whole, an artifact.\n\n"
+        "every stage that reads it; STAGE.key=value (pretrain.trainer.max_steps=100) goes to one. Results are in\n"
+        "runs_dir/name/STAGE, by default runs/tiny/STAGE: a log, checkpoints and, once it is whole, an artifact.\n\n"
+        "Names and paths are taken as they are typed (name=1.50, data.train=a=b,c.jsonl), ${...} in them too, and\n"
+        "quotes are for the shell ('name=my run'). A list is [A,B]: 'data.quarantine=[a.jsonl,b.jsonl]', with\n"
+        "quotes around a path that has a comma. Relative paths begin where the command is started.\n\n"
         "A stage whose config and inputs are those of its artifact is skipped. from=STAGE makes that stage's artifact\n"
         "again and goes on with the stages behind it. After an interruption the same command goes on where it was,\n"
         "with from=... and without it; resume=false starts over.\n\n"
@@ -63,13 +65,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv[1:])
-    given = [Override.parse(text) for text in arguments.overrides]
-    chosen = {
-        override.key: override.text.split("=", 1)[1]
-        for override in given
-        if override.key in ("stage", "pipeline", "from")
-    }
-    rest = [override for override in given if override.key not in ("stage", "pipeline", "from")]
+    chosen: dict[str, str] = {}
+    rest = []
+    for text in arguments.overrides:
+        key, equals, value = text.partition("=")
+        if equals and key in ("stage", "pipeline", "from"):
+            chosen[key] = unquoted(value)
+        else:
+            rest.append(Override.parse(text))
     if ("stage" in chosen) == ("pipeline" in chosen):
         raise UserError(f"give one of stage=... and pipeline=...; stages: {', '.join(SCHEMAS)}")
     if "stage" in chosen:
@@ -103,13 +106,10 @@ def main(argv: list[str]) -> int:
 
 def compose_pipeline(pipeline: str, given: list[Override]) -> list[StageConfig]:
     """One config per stage: each override goes to the stages that read it, and must reach at least one."""
-    path = CONFIGS / "pipeline" / f"{pipeline}.yaml"
-    if not path.is_file():
-        raise UserError(
-            f"there is no pipeline={pipeline}{nearest(pipeline, (p.stem for p in path.parent.glob('*.yaml')))}"
-        )
-    plan: Any = OmegaConf.to_container(OmegaConf.load(path))
-    return compose_plan(plan, [*map(Override.parse, plan["overrides"]), *given], f"pipeline={pipeline}")
+    pipeline = choice("pipeline", pipeline)
+    plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "pipeline" / f"{pipeline}.yaml"))
+    overrides = [*map(Override.of_config, plan["overrides"]), *given]
+    return compose_plan(plan, overrides, f"pipeline={pipeline}")
 
 
 def compose_plan(plan: dict[str, Any], overrides: list[Override], what: str) -> list[StageConfig]:
@@ -122,17 +122,14 @@ def compose_plan(plan: dict[str, Any], overrides: list[Override], what: str) -> 
         if stage in plan.get("experiments", {}):
             own.append(Override.parse(f"experiment={plan['experiments'][stage]}"))
         for override in overrides:
-            mine = None
-            if override.key in keys(stage) or (override.is_group and override.key in GROUPS_OF_ALL):
-                mine = override
-            elif override.key.startswith(f"{stage}."):
-                mine = Override.parse(override.text.replace(f"{stage}.", "", 1))
-            if mine is not None:
-                own.append(mine)
+            is_read = override.key in keys(stage) or (override.is_group and override.key in GROUPS_OF_ALL)
+            if override.stage == stage or (not override.stage and is_read):
+                own.append(override)
                 reached[override] = True
         configs.append(compose_stage(own))
     for override, has_effect in reached.items():
         if not has_effect:
+            refuse_misspelt_stage(override, stages)
             valid = {key for stage in stages for key in keys(stage)} | set(GROUPS_OF_ALL)
             raise UserError(f"no stage of {what} has the key '{override.key}'{nearest(override.key, valid)}")
     return configs
@@ -162,7 +159,7 @@ def describe(config: StageConfig) -> str:
     if launch.kind == "slurm":
         lines += ["  sbatch script:", *(f"    {line}" for line in slurm_script(launch, config_path).splitlines())]
     else:
-        variables = " ".join(f"{name}={value}" for name, value in worker_environment(launch).items())
+        variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in worker_environment(launch).items())
         each = " (on every machine)" if launch.num_nodes > 1 else ""
         lines.append(f"  command{each}: {variables} {shlex.join(worker_command(launch, config_path))}")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nexus_gen.preflight import require_loadable
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.framing import ASPECTS, SIZES, Frame, beyond_training, seen_sentence
 from nexus_gen.specs.images import open_size
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 MAX_SEED = 2**63 - 1  # that torch's generators take
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, paints: bool) -> argparse._ArgumentGroup:
+def add_model_arguments(parser: Parser, paints: bool) -> argparse._ArgumentGroup:
     """--device, --autoregressive and, for a command that paints, --flux; returns the group, for what else it loads."""
     models = parser.add_argument_group("models (a run's artifacts unless given one by one)")
     models.add_argument("--autoregressive", type=Path, help="autoregressive checkpoint directory")
@@ -39,13 +40,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, paints: bool) -> argpar
     return models
 
 
-def parser(command: str) -> argparse.ArgumentParser:
+def parser(command: str) -> Parser:
     summaries = {
         "understand": "Answer a question about a picture.",
         "generate": "Paint a picture from a prompt.",
         "edit": "Repaint a picture by an instruction.",
     }
-    result = argparse.ArgumentParser(prog=f"nexus-gen {command}", description=summaries[command])
+    result = Parser(prog=f"nexus-gen {command}", description=summaries[command])
     models = add_model_arguments(result, paints=command != "understand")
     models.add_argument("--run", type=Path, default=default_run(), help="run directory (default: %(default)s)")
     if command == "understand":

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from nexus_gen.inspection import as_json, inspect
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.downloads import SOURCES, Model, Part, models, select
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.kinds import NAMED_KEYS
@@ -18,13 +19,13 @@ from nexus_gen.specs.layouts import TARGETS
 GB = 1e9
 
 
-def parser(command: str) -> argparse.ArgumentParser:
+def parser(command: str) -> Parser:
     summaries = {
         "download": "Fetch the released models; a second start goes on where the first ended.",
         "inspect": "What a checkpoint is, from the headers of its files. Status 1 when something is missing.",
         "convert": "Write a checkpoint in another layout; nothing that exists is overwritten.",
     }
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog=f"nexus-gen models {command}",
         description=summaries[command],
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -6,7 +6,6 @@ The models load once, before the page opens: what is missing is said here in the
 Docs: docs/ui.md.
 """
 
-import argparse
 import asyncio
 import importlib.util
 import logging
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from nexus_gen.commands import add_model_arguments
 from nexus_gen.served import ServedModels, ServedPaths
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import DECODER_KINDS, default_run, flag_of
 from nexus_gen.specs.results import check_result
@@ -28,8 +28,8 @@ MAX_UPLOAD = "20mb"
 SECONDS_TO_FINISH = 2  # for open connections, when the server is told to end
 
 
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(prog="nexus-gen ui", description="Understand, generate and edit in the browser.")
+def parser() -> Parser:
+    result = Parser(prog="nexus-gen ui", description="Understand, generate and edit in the browser.")
     result.add_argument("run", type=Path, nargs="?", default=default_run(), help="run directory (default: %(default)s)")
     result.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
     result.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: %(default)s)")

@@ -16,7 +16,7 @@ from nexus_gen.specs.framing import ASPECTS
 from nexus_gen.specs.images import EncodedImage, open_image
 from nexus_gen.specs.models import DECODER_KINDS
 from nexus_gen.ui_about import about
-from nexus_gen.ui_parts import Picture, save_picture
+from nexus_gen.ui_parts import Number, Picture, Slider, save_picture
 from nexus_gen.ui_tasks import MAX_CHARACTERS, MAX_SEED, Tasks
 from nexus_gen.ui_words import ENGLISH, INSTRUCTIONS, PROMPTS, QUESTIONS, SWITCH, WORDS, Words
 
@@ -200,14 +200,14 @@ class Page:
         steps, cfg_scale, embedded_guidance = self._defaults(kind)
         with self._add(gr.Accordion, {"label": "sampling"}, open=False):
             with gr.Row():
-                seed = self._add(gr.Number, {"label": "seed"}, value=42, precision=0, minimum=0, maximum=MAX_SEED)
+                seed = self._add(Number, {"label": "seed"}, value=42, precision=0, minimum=0, maximum=MAX_SEED)
                 new_seed = self._add(gr.Checkbox, {"label": "new_seed"}, value=False)
             return [
                 seed,
                 new_seed,
-                self._add(gr.Slider, {"label": "steps"}, minimum=1, maximum=MAX_STEPS, step=1, value=steps),
+                self._add(Slider, {"label": "steps"}, minimum=1, maximum=MAX_STEPS, step=1, value=steps),
                 self._add(
-                    gr.Slider,
+                    Slider,
                     {"label": "cfg_scale"},
                     minimum=1,
                     maximum=10,
@@ -216,7 +216,7 @@ class Page:
                     visible=guided(self.served.paths[kind]),
                 ),
                 self._add(
-                    gr.Slider,
+                    Slider,
                     {"label": "embedded_guidance"},
                     minimum=0,
                     maximum=10,

@@ -1,4 +1,4 @@
-"""What the page of `nexus-gen ui` needs of Gradio beyond its own components: a picture input, the look."""
+"""What the page of `nexus-gen ui` needs of Gradio beyond its own components: picture and number inputs, the look."""
 
 import os
 from abc import ABCMeta
@@ -12,6 +12,7 @@ from gradio.processing_utils import save_pil_to_cache
 from PIL import Image
 
 from nexus_gen.specs.images import EncodedImage
+from nexus_gen.specs.numbers import read_number
 
 # Pictures of 72 pixels are shown as large as those of 512, with their pixels to be seen.
 CSS = """
@@ -48,6 +49,31 @@ class Picture(gr.Image, metaclass=WithoutStubs):
         if url_or_file_path is not None and "://" in str(url_or_file_path):
             raise gr.Error("pictures are uploaded here, not fetched from an address", print_exception=False)
         return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+
+class Number(gr.Number, metaclass=WithoutStubs):
+    """Refuses infinity and NaN; the latter passes the bounds of Gradio's own, which compare."""
+
+    is_template = True
+
+    def preprocess(self, payload: float | None) -> float | int | None:
+        return None if payload is None else super().preprocess(checked_number(self.label, payload))
+
+
+class Slider(gr.Slider, metaclass=WithoutStubs):
+    """Refuses what is no finite number, as `Number` does; a cleared one too."""
+
+    is_template = True
+
+    def preprocess(self, payload: float) -> float:
+        return super().preprocess(checked_number(self.label, payload))
+
+
+def checked_number(label: Any, value: Any) -> float:
+    try:
+        return read_number(value)
+    except ValueError as error:
+        raise gr.Error(f"{label} is {error}", print_exception=False) from error
 
 
 def theme() -> gr.themes.Base:

@@ -6,15 +6,16 @@ nexus-gen ablate plot docs/ablations/*.json         # from results, without the 
 `nexus-gen ablate` (launch.ablate) trains the arms and calls this.
 """
 
-import argparse
 import json
 import sys
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import Manifest, write_text_atomic
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.numbers import not_finite
 from train.metrics import read_metrics
 from train.report import stage_rows
 from train.schemas.ablation import PLAN
@@ -62,6 +63,8 @@ def read_result(path: Path) -> dict[str, Any]:
         for seed, facts in arm["seeds"].items():
             if not isinstance(facts, dict) or not facts.keys() >= FACTS:
                 raise UserError(f"{path} does not say what arm {name} logged under seed {seed}; plot its directory")
+    for key, value in not_finite(result):
+        raise UserError(f"{path}: {key} is {value}; it must be a finite number")
     return result
 
 
@@ -160,9 +163,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="nexus-gen ablate plot", description="Draw ablations again, without training anything."
-    )
+    parser = Parser(prog="nexus-gen ablate plot", description="Draw ablations again, without training anything.")
     parser.add_argument("paths", nargs="+", type=Path, help="results (NAME.json), or directories of finished arms")
     for path in parser.parse_args(argv[1:]).paths:
         path = path.resolve()  # the name of `.` is needed

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from data.messages import Row, read_rows
 from data.records import read_records
 from nexus_gen.commands import add_model_arguments, save_atomic
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths
+from nexus_gen.specs.numbers import not_finite
 from nexus_gen.specs.prompts import (
     EDITING_PROMPT,
     EDITING_REPLY,
@@ -51,8 +53,8 @@ EDIT_TYPES = {
 Item = TypeVar("Item")
 
 
-def parser(command: str) -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+def parser(command: str) -> Parser:
+    result = Parser(
         prog=f"nexus-gen evaluate {command}",
         description={
             "geneval": "Paint prompts into OUTPUT/00000/samples/0000.png with OUTPUT/00000/metadata.jsonl beside it.",
@@ -106,6 +108,8 @@ def read_prompts(path: Path) -> list[Metadata]:
             ]
         if record.values is None or not isinstance(record.values.get("prompt"), str):
             raise UserError(f"{record.where}: no prompt; each line is an object with a prompt, as GenEval's metadata")
+        for key, value in not_finite(record.values):
+            raise UserError(f"{record.where}: {key} is {value}; it must be a finite number")
         prompts.append(record.values)
     return prompts
 

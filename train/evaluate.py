@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from data.messages import Row, read_rows
 from nexus_gen.commands import add_model_arguments
 from nexus_gen.preflight import require_loadable
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import Manifest, building, seal, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.framing import Frame
@@ -52,8 +53,8 @@ TASKS = ("understanding", "generation", "editing", "reconstruction")
 OUTCOMES, IDENTITY = "outcomes.jsonl", "identity.json"
 
 
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+def parser() -> Parser:
+    result = Parser(
         prog="nexus-gen evaluate",
         description="Score a run's models on rows with ground truth. Interrupted, the same command goes on.",
     )
@@ -288,7 +289,8 @@ def main(argv: list[str]) -> int:
     wanted = phases(tasks, arguments)
     if not wanted:
         raise UserError(f"{rows} holds no rows of {', '.join(arguments.tasks)}; give other --tasks or --rows")
-    models = Models(arguments, sorted({phase.decoder for phase in wanted if phase.decoder}))
+    painting = {phase.decoder for phase in wanted}
+    models = Models(arguments, [kind for kind in DECODER_KINDS if kind in painting])
     split = arguments.split if arguments.rows is None else rows.stem
     options = ("num", "tasks", "seed", "editor", "num_inference_steps", "cfg_scale")
     settings = {"split": split, **{name: getattr(arguments, name) for name in options}}

@@ -8,7 +8,6 @@ in a question or an option is where a picture goes; pictures that are named nowh
 Source of the format: Yue et al. 2024 (MMMU).
 """
 
-import argparse
 import ast
 import dataclasses
 import json
@@ -21,6 +20,7 @@ from typing import Any
 from data.messages import stored_image
 from data.records import Record, read_records
 from nexus_gen.commands import add_model_arguments
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import StoredImage
@@ -115,7 +115,7 @@ def scores_of(outcomes: list[dict[str, Any]]) -> dict[str, Score]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nexus-gen evaluate choices", description="Accuracy on multiple-choice questions by greedy answers."
     )
     parser.add_argument("run", type=Path, help="run directory, such as runs/tiny")

@@ -11,6 +11,7 @@ from data.messages import Row
 from data.shape_contents import CATEGORIES
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import StoredImage, cover_crop, open_image
+from nexus_gen.specs.numbers import not_finite
 from nexus_gen.specs.prompts import words_of
 from train.measures import Score, average, mean_of, proportion, psnr, ssim
 from train.scoring import geneval_metadata, is_right, judge_edit, same_scene, unmet
@@ -35,6 +36,8 @@ def require_truth(row: Row) -> dict[str, Any]:
         raise UserError(f"{row.where}: truth.scenes must be a list of {{{', '.join(sorted(SCENE))}}}")
     if len(scenes) != len(row.images):
         raise UserError(f"{row.where}: truth has {len(scenes)} scenes for {len(row.images)} pictures; give one each")
+    for key, value in not_finite(truth, "truth"):
+        raise UserError(f"{row.where}: {key} is {value}; it must be a finite number")
     return truth
 
 

@@ -3,12 +3,12 @@
 Stages with durations and throughput, loss curves, held-out prompts painted before and after training, edits, answers.
 """
 
-import argparse
 import base64
 import dataclasses
 import io
 import logging
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ import jinja2
 from PIL import Image
 
 from data.mixture import read_dataset
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import default_run, results_of
@@ -155,7 +156,7 @@ def render(run: Path, samples: Any, with_start: bool, gains: list[Gain], output:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="nexus-gen report", description="Write one HTML page about a run.")
+    parser = Parser(prog="nexus-gen report", description="Write one HTML page about a run.")
     parser.add_argument("run", type=Path, nargs="?", default=default_run(), help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="the page (default: RUN/report.html; of what ships, under runs/)")
     parser.add_argument(
@@ -195,7 +196,8 @@ def main(argv: list[str]) -> int:
     print("try next:")
     # As it can be typed here: `make demo` runs it from a virtual environment that is not activated.
     command = "nexus-gen" if shutil.which("nexus-gen") else os.path.relpath(Path(sys.executable).parent / "nexus-gen")
-    flag = "" if run == default_run() else f" --run {run}"
+    command = shlex.quote(command)
+    flag = "" if run == default_run() else f" --run {shlex.quote(str(run))}"
     print(f'  {command} generate --prompt "a red circle on a white background"{flag}')
     print(f'  {command} edit --input-image generation.png --instruction "make the circle blue"{flag}')
     print(f'  {command} understand --input-image generation.png --prompt "What colour is the circle?"{flag}')

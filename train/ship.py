@@ -9,7 +9,6 @@ The result has the layout of a run, so every command that takes one takes it. Le
 transformer. Its own manifest holds the lineage of every stage, of those that left nothing else too.
 """
 
-import argparse
 import base64
 import dataclasses
 import json
@@ -22,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import MANIFEST, Manifest, building, hash_file, seal, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.lineage import evaluations_of, parts_of
@@ -46,8 +46,8 @@ RUNS_DIR = "runs"  # of paths inside the run, which readers move to where it is
 MB = 1e6
 
 
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+def parser() -> Parser:
+    result = Parser(
         prog="nexus-gen models ship",
         description="Cut a run down to what inference, evaluation and finetuning read, in half precision.",
     )

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        run.main(argv)
+        run.main([word.replace("$", "$$") for word in argv])  # it replaces ${local_rank}, and $$ by $
     except SignalException:
         return STOPPED
     except ChildFailedError as error:

@@ -27,8 +27,8 @@ STAGES = {
     "standins": "train.standins:StandinsStage",
     "pretrain": "train.pretrain:PretrainStage",
     "embed_generation": "train.embed:EmbedGenerationStage",
-    "embed_editing": "train.embed:EmbedEditingStage",
     "generation_decoder": "train.decoder_stages:GenerationDecoderStage",
+    "embed_editing": "train.embed:EmbedEditingStage",
     "editing_decoder": "train.decoder_stages:EditingDecoderStage",
 }
 

@@ -1,7 +1,7 @@
 """Errors meant for the person at the keyboard."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class UserError(Exception):
@@ -12,8 +12,11 @@ class UserError(Exception):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint such as `; did you mean 'lr'?`, or the list of valid names when none is close."""
-    valid = sorted(valid)
+    """A hint such as `; did you mean 'lr'?`, or the list of valid names when none is close.
+
+    A list, tuple or dict of them is in an order that means something, such as that of stages; others are sorted.
+    """
+    valid = list(valid) if isinstance(valid, Sequence | Mapping) else sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     if close:
         return f"; did you mean '{close[0]}'?"

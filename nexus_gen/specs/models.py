@@ -209,7 +209,7 @@ def results_of(run: Path) -> Path:
 
 
 def runs_dir() -> Path:
-    return Path(os.environ.get("NEXUS_GEN_RUNS", "runs"))
+    return Path(os.path.expanduser(os.environ.get("NEXUS_GEN_RUNS", "runs")))
 
 
 def target_tokens_of(autoregressive: Path) -> int | None:

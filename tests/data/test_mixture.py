@@ -15,6 +15,7 @@ import yaml
 from pyarrow import parquet
 from webdataset import TarWriter
 
+from data.dataset_files import files_of
 from data.doctor import main as data_check
 from data.messages import Row
 from data.mixture import Mixture, check_dataset, load_mixture, read_dataset
@@ -165,6 +166,17 @@ def test_system_messages_and_labels_of_captions(files: Path) -> None:
         ({"sources": [{"path": "a.jsonl", "languages": ["fr"]}]}, "languages is ['fr']"),
         ({"sources": [{"path": "a.jsonl", "format": "lava"}]}, "no format 'lava'; did you mean 'llava'?"),
         ({"sources": [{"path": "a.jsonl", "captions": {"long": "x"}}]}, "captions is {'long': 'x'}"),
+        ("sources: [{path: a.jsonl, captions: {long: .nan}}]", "captions is {'long': nan}"),
+        ("sources: [{path: a.jsonl, captions: {long: -1e-1}}]", "captions is {'long': '-1e-1'}"),
+        ("sources: [{path: a.jsonl, captions: {long: null}}]", "captions is {'long': None}"),
+        ("sources: [{path: a.jsonl, weight: .inf}]", "weight is inf; it must be a finite number"),
+        ("sources: [{path: a.jsonl, weight: nan}]", "weight is nan; it must be a finite number"),
+        ("sources: [{path: a.jsonl, weight: -1e-1}]", "weight is -0.1; it must be a number above 0"),
+        ("sources: [{path: a.jsonl, weight: true}]", "weight is True; it must be a number"),
+        ("sources: [{path: a.jsonl, weight: many}]", "weight is 'many'; it must be a number"),
+        ("sources: [{path: a.jsonl, count: 1e-1}]", "count is 1e-1; it must be a whole number"),
+        ("sources: [{path: a.jsonl, weight: 1}]\nepoch_rows: .nan", "epoch_rows is nan; it must be a finite number"),
+        ("sources: [{path: 2024_11_27}]", "path is 20241127; give one file or a pattern, in quotes where YAML reads"),
         ({"sources": [{"path": "a.jsonl", "system": 3}]}, "system is 3; give a text"),
         ({"sources": [{"path": "a.jsonl"}], "epoch_rows": 5}, "epoch_rows goes with weights"),
         ({"sources": [{"path": "a.jsonl", "weight": 1}], "epoch_rows": 0}, "epoch_rows is 0"),
@@ -185,6 +197,43 @@ def test_a_pattern_is_one_of_the_path_alone(tmp_path: Path) -> None:
     write_texts(directory / "a.jsonl", 3)
     assert len(Mixture(write_mixture(directory, {"path": "*.jsonl"}), seed=0)) == 3
     assert len(Mixture(write_mixture(directory, {"path": str(tmp_path / "[[]ab]" / "a.jsonl")}), seed=0)) == 3
+
+
+def test_numbers_are_read_as_people_write_them(files: Path) -> None:
+    path = files / "mixture.yaml"
+    texts = "{path: a.jsonl, weight: 3e-1, captions: {long: 2e0}}, {path: b.jsonl, weight: 1_0, captions: {s: '.5'}}"
+    path.write_text(f"epoch_rows: 2e3\nsources: [{texts}]")
+    spec = load_mixture(path)
+    assert (spec.epoch_rows, [source.weight for source in spec.sources]) == (2000, [0.3, 10])
+    assert [source.captions for source in spec.sources] == [{"long": 2}, {"s": 0.5}]
+    path.write_text("sources: [{path: a.jsonl, count: 2e1}]")
+    assert load_mixture(path).sources[0].count == 20
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("[y]/*.jsonl", ["[y]/1.jsonl", "[y]/2.jsonl"]),
+        ("[y]/1.jsonl", ["[y]/1.jsonl"]),
+        ("y/*.jsonl", ["y/1.jsonl"]),
+        ("[yz]/1.jsonl", ["y/1.jsonl"]),
+        ("what?/{z}/[a-b]*.jsonl", ["what?/{z}/[a-b]1.jsonl"]),
+        ("what?/*/*1.jsonl", ["what?/{z}/[a-b]1.jsonl"]),
+        ("*/1.jsonl", ["[y]/1.jsonl", "y/1.jsonl"]),
+        ("~/[y]/2.jsonl", ["[y]/2.jsonl"]),
+        ("数据 #1/a=b,c.jsonl", ["数据 #1/a=b,c.jsonl"]),
+        ("[x]/*.jsonl", []),
+    ],
+)
+def test_names_with_characters_of_patterns(
+    pattern: str, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("[y]/1.jsonl", "[y]/2.jsonl", "y/1.jsonl", "what?/{z}/[a-b]1.jsonl", "数据 #1/a=b,c.jsonl")
+    for path in (tmp_path / name for name in names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert files_of(tmp_path, pattern) == sorted(tmp_path / name for name in found)
 
 
 def test_a_weight_that_draws_nothing_is_refused(files: Path) -> None:

@@ -157,12 +157,37 @@ def test_mistakes_give_one_sentence(arguments: list[str], sentence: str, tmp_pat
         ("nexus-gen run stage=pretrain trainer.max", ["trainer.max_steps="]),
         ("nexus-gen run stage=pretrain launch=s", ["launch=slurm "]),
         ("nexus-gen run stage=shapes trainer.max", []),
+        ("nexus-gen run --dry-run 'name=my run' stage=pretrain optim.l", ["optim.learning_rate="]),
+        ("nexus-gen run stage=pretrain pretrain.optim=tiny_p", ["pretrain.optim=tiny_pretrain "]),
+        ("nexus-gen run pipeline=fine", ["pipeline=finetune "]),
+        ("nexus-gen run pipeline=finetune from=embed", ["from=embed_generation ", "from=embed_editing "]),
+        ("nexus-gen run pipeline=finetune embed_editing.data.tr", ["embed_editing.data.train="]),
     ],
 )
 def test_tab_completion(line: str, completions: list[str]) -> None:
     assert nexus_gen("completion", "--for", line).stdout.split("\n")[:-1] == (completions or [""])
     shell = f"source <({NEXUS_GEN} completion); PATH={Path(NEXUS_GEN).parent}:$PATH; complete -p nexus-gen"
     assert subprocess.run(["bash", "-c", shell], capture_output=True).returncode == 0
+
+
+def test_paths_complete_as_they_are_typed(tmp_path: Path) -> None:
+    for name in ("my rows", "it's", "a=b,c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "$x 数据.jsonl").touch()
+    script = f"""source <({NEXUS_GEN} completion); PATH={Path(NEXUS_GEN).parent}:$PATH; compopt() {{ :; }}
+    for typed in 'data.train=my' 'data.train=my\\ rows/' "data.train=it\\\\'s/" pretrain.data.train=a=b,c/ name=my; do
+      COMP_LINE="nexus-gen run stage=pretrain $typed"; COMP_POINT=${{#COMP_LINE}}; _nexus_gen
+      printf '%s\\n' "${{COMPREPLY[0]}}"
+    done"""
+    ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.stdout.splitlines() == [
+        "data.train=my\\ rows/",
+        "data.train=my\\ rows/\\$x\\ 数据.jsonl ",
+        "data.train=it\\'s/\\$x\\ 数据.jsonl ",
+        "pretrain.data.train=a=b,c/\\$x\\ 数据.jsonl ",
+        "",
+    ], ran.stderr
+    assert ran.returncode == 0
 
 
 def test_a_misspelt_variable_is_an_error(tmp_path: Path) -> None:

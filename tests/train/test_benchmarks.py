@@ -32,6 +32,21 @@ def test_prompts_of_all_kinds_of_files(heldout: Path, tmp_path: Path) -> None:
     assert all(prompt["include"] and "Generate" not in prompt["prompt"] for prompt in prompts)
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_nothing_can_be_compared_with_are_refused(number: str, heldout: Path, tmp_path: Path) -> None:
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_text(f'{{"prompt": "a", "include": [{{"class": "cat", "count": {number}}}]}}\n')
+    with pytest.raises(UserError, match=r"metadata\.jsonl:1: include\.count is -?(nan|inf); it must be a finite"):
+        read_prompts(metadata)
+    rows = [json.loads(line) for line in heldout.read_text(encoding="utf-8").splitlines()]
+    row = next(row for row in rows if row["truth"]["task"] == "generation")
+    row["truth"]["scenes"][0]["objects"][0]["bbox"][2] = float(number)
+    (tmp_path / "images").symlink_to(heldout.parent / "images")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: truth\.scenes\.objects\.bbox is -?(nan|inf); it must be"):
+        read_prompts(tmp_path / "rows.jsonl")
+
+
 def test_edits_of_imgedit_and_of_rows(heldout: Path, tmp_path: Path) -> None:
     (tmp_path / "animal").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "animal" / "1.jpg")

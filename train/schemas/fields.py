@@ -1,33 +1,48 @@
 """Reading config dataclasses: which keys there are, plain values into a typed config, fingerprints."""
 
 import dataclasses
+import functools
 import os
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from nexus_gen.specs.artifact import digest, fingerprint_inside, hash_file
 from nexus_gen.specs.errors import UserError, nearest
+from nexus_gen.specs.numbers import not_finite
 from train.schemas.common import PATH
 from train.schemas.stages import SCHEMAS, StageConfig
 
 _SAMPLED_BYTES = 1 << 20  # of large files, the two ends and the size stand for the whole
 
 
-def walk(schema: type, prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(dotted key, marks) of every leaf and section of a config dataclass."""
+def walk_types(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+    """(dotted key, type, marks) of every leaf and section of a config dataclass."""
     hints = typing.get_type_hints(schema, include_extras=True)
     for field in dataclasses.fields(schema):
         hint = hints[field.name]
         marks = getattr(hint, "__metadata__", ())
         kind = typing.get_args(hint)[0] if marks else hint
-        yield f"{prefix}{field.name}", marks
+        yield f"{prefix}{field.name}", kind, marks
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            yield from walk(kind, f"{prefix}{field.name}.")
+            yield from walk_types(kind, f"{prefix}{field.name}.")
+
+
+def walk(schema: type) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(dotted key, marks) of every leaf and section of a config dataclass."""
+    return ((key, marks) for key, _, marks in walk_types(schema))
+
+
+@functools.cache
+def types_of_keys() -> dict[str, Any]:
+    """The type of every dotted key of any stage; a key is of one type wherever it is read."""
+    return {key: kind for schema in SCHEMAS.values() for key, kind, _ in walk_types(schema)}
 
 
 def keys(stage: str) -> set[str]:
@@ -55,11 +70,23 @@ def path_values(stage: str, values: dict[str, Any]) -> Iterator[tuple[Any, Any]]
                 yield section, leaf
 
 
+def escaped(values: Any) -> Any:
+    """Plain values as OmegaConf gives them back: `${` in a text is part of it, as in the name of a file."""
+    if isinstance(values, dict):
+        return {name: escaped(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [escaped(value) for value in values]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", values) if isinstance(values, str) else values
+
+
 def typed(stage: str, values: dict[str, Any]) -> StageConfig:
-    """The stage's config object; UserError for an unknown key, a missing value or a wrong type."""
+    """The stage's config object from plain values, whose texts are taken as they are.
+
+    Raises UserError for an unknown key, a missing value, a wrong type, or a number that is infinite or NaN.
+    """
     schema = SCHEMAS[stage]
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), escaped(whole(stage, values))))
     except ConfigKeyError as error:
         key = str(error.full_key)
         raise UserError(f"stage={stage} has no key '{key}'{nearest(key, keys(stage))}") from error
@@ -70,13 +97,30 @@ def typed(stage: str, values: dict[str, Any]) -> StageConfig:
             raise UserError(f"{error.full_key} takes a list: {error.full_key}=[A,B]") from error
         raise UserError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from error
     assert isinstance(config, StageConfig)
+    for key, value in not_finite(dataclasses.asdict(config)):
+        raise UserError(f"{key} is {value}; it must be a finite number")
     config.check()
     return config
 
 
+def whole(stage: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Values with 2e3 and the like, which are floating-point numbers to YAML, as the whole numbers that keys want."""
+    kinds = {key: kind for key, kind, _ in walk_types(SCHEMAS[stage])}
+
+    def converted(value: Any, key: str) -> Any:
+        if isinstance(value, dict):
+            return {name: converted(item, f"{key}.{name}".removeprefix(".")) for name, item in value.items()}
+        if isinstance(value, list):
+            return [converted(item, key) for item in value]
+        is_whole = kinds.get(key) in (int, list[int]) and isinstance(value, float) and value.is_integer()
+        return int(value) if is_whole else value
+
+    return converted(values, "")
+
+
 def as_yaml(config: StageConfig) -> str:
     """The resolved config, as `--cfg` prints it and the run directory records it."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def fingerprint_values(config: StageConfig) -> dict[str, Any]:

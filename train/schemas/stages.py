@@ -90,6 +90,13 @@ class StageConfig:
             raise UserError(f"seed is {self.seed}; it must be 0 or more")
         if not self.name:
             raise UserError("name is empty; a run is called something, as in name=mine")
+        if "/" in self.name or self.name in (".", "..") or any(ord(character) < 32 for character in self.name):
+            raise UserError(
+                f"name is {self.name!r}; a run is one directory inside runs_dir: give a name without / and line breaks "
+                "that is not . or .., and runs_dir=... for the place"
+            )
+        if not self.runs_dir:
+            raise UserError("runs_dir is empty; give a directory, as in runs_dir=runs")
 
     def rows(self) -> dict[str, Path]:
         """Role -> the files of message rows among `inputs`."""
@@ -122,6 +129,8 @@ class StageConfig:
         run = Path(self.runs_dir) / self.name
         if run in where.parents:
             return f"run stage={where.relative_to(run).parts[0]} first, or give another path"
+        if where.is_relative_to(Path.cwd()):
+            return "check the path, which begins where the command was started unless it is absolute"
         return "check the path"
 
 
@@ -668,12 +677,13 @@ def require_whole(checkpoint: Path) -> None:
         require_autoregressive(checkpoint, read_checkpoint(checkpoint).shapes)
 
 
+# In the order in which pipelines run them, which is how they are listed.
 SCHEMAS: dict[str, type[StageConfig]] = {
     "shapes": ShapesStageConfig,
     "standins": StandinsStageConfig,
     "pretrain": PretrainConfig,
     "embed_generation": EmbedGenerationConfig,
-    "embed_editing": EmbedEditingConfig,
     "generation_decoder": GenerationDecoderConfig,
+    "embed_editing": EmbedEditingConfig,
     "editing_decoder": EditingDecoderConfig,
 }
