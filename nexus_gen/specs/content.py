@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 CONTENTS = "contents.jsonl"  # in a run
 SETTLED_NS = 2_000_000_000  # a file changed so shortly before it was read may change again without a new time
 THREADS = 8  # hashing releases the interpreter's lock; looking and reading wait for disks
+SMALL = 1 << 20  # bytes that are read in one piece, which takes a tenth of the calls
 AT_ONCE = 64  # files of a thread's turn
 
 Facts = list[int]  # of a file: size, times of the last changes of its content and of its record, in nanoseconds, inode
@@ -44,7 +45,9 @@ def ns_since_change(facts: Facts, now: int) -> int:
 
 def hash_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size <= SMALL:
+            return hashlib.sha256(file.read()).hexdigest()
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
