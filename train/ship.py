@@ -24,7 +24,7 @@ import yaml
 from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import MANIFEST, Manifest, building, hash_file, seal, write_text_atomic
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.lineage import evaluations_of, parts_of
+from nexus_gen.specs.lineage import evaluations_of, flux_of_all, parts_of
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths
 from nexus_gen.specs.results import check_result
 from train.schemas.fields import path_values
@@ -271,7 +271,8 @@ def ship_scores(evaluations: list[Path], directory: Path) -> None:
         target.mkdir(parents=True)
         shutil.copyfile(evaluation / "scores.json", target / "scores.json")
         seal_shipped(target, manifest)
-    stale = evaluations_of(directory, parts_of(shipped_paths(directory)))[1]
+    paths = shipped_paths(directory)
+    stale = evaluations_of(directory, parts_of(paths), flux_of_all(paths))[1]
     if stale:
         raise UserError(
             f"the scores of {', '.join(path.name for path in stale)} are of other weights than these; "
