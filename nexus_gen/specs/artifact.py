@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from nexus_gen.specs.content import Contents, file_facts, hash_file
+from nexus_gen.specs.content import CONTENTS, Contents, file_facts, hash_file
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.results import aside
 
@@ -183,6 +183,7 @@ def require_whole(directory: Path, manifest: Manifest, contents: Contents, where
         for name, facts in manifest.files.items()
         if not within or name == within or name.startswith(f"{within}/")
     }
+    contents.consult(directory.absolute().parent.parent / CONTENTS)  # of the run that made it
     try:
         for name, facts in files.items():
             size = os.stat(f"{directory}/{name}").st_size if facts["bytes"] >= LARGE else facts["bytes"]

@@ -27,6 +27,7 @@ CONTENTS = "contents.jsonl"  # in a run
 SETTLED_NS = 2_000_000_000  # a file changed so shortly before it was read may change again without a new time
 THREADS = 8  # hashing releases the interpreter's lock; looking and reading wait for disks
 SMALL = 1 << 20  # bytes that are read in one piece, which takes a tenth of the calls
+MUCH = 10_000_000_000  # bytes; reading so many takes long enough to say so
 AT_ONCE = 64  # files of a thread's turn
 
 Facts = list[int]  # of a file: size, times of the last changes of its content and of its record, in nanoseconds, inode
@@ -62,6 +63,8 @@ class Contents:
         self._root = f"{path.absolute().parent}{os.sep}" if path is not None else ""
         self._known: dict[str, tuple[Facts, str, int]] = {}
         self._new: set[str] = set()  # names of this object's own finding
+        self._others: dict[Path, Contents] = {}
+        self._bytes_read = 0
         self._read_at: Facts | None = None
         self._refresh()
 
@@ -83,6 +86,9 @@ class Contents:
         known = self._known.get(name)
         if known is not None and known[0] == facts:
             return known[1]
+        if part is None and (sha256 := self._known_to_others(file, facts)):
+            return sha256
+        self._say_much(facts[0] if part is None else part[1])
         now = time.time_ns()
         sha256 = hash_file(file) if part is None else _hash_part(file, *part)
         changed = known[2] if known is not None and known[1] == sha256 else now if known is not None else 0
@@ -90,6 +96,12 @@ class Contents:
         self._known[name] = (facts if settled else [], sha256, changed)
         self._new.add(name)
         return sha256
+
+    def consult(self, path: Path) -> None:
+        """Ask another memory, too, as of the run whose artifact is read; nothing is written there."""
+        path = path.absolute()
+        if path != self._path and path not in self._others and path.is_file():
+            self._others[path] = Contents.at(path)
 
     def sha256s(self, files: Sequence[str]) -> Iterator[str]:
         """Of several files in their order, by threads. Raises OSError."""
@@ -159,6 +171,20 @@ class Contents:
             self._read_at = facts
         except OSError:
             return
+
+    def _known_to_others(self, file: str | os.PathLike[str], facts: Facts) -> str | None:
+        for other in self._others.values():
+            known = other._known.get(other._name(os.fspath(file)))
+            if known is not None and known[0] == facts:
+                return known[1]
+        return None
+
+    def _say_much(self, num_bytes: int) -> None:
+        before, self._bytes_read = self._bytes_read, self._bytes_read + num_bytes
+        if before < MUCH <= self._bytes_read:
+            log.warning(
+                "reading more than %d GB to know what files hold; from now on only those that change", MUCH / 1e9
+            )
 
     def _name(self, file: str, part: tuple[int, int] | None = None) -> str:
         file = os.path.abspath(file)

@@ -163,3 +163,29 @@ def test_what_was_hashed_while_it_was_written_is_not_read(tmp_path: Path, readin
     file, memory = write(tmp_path / "a", "one"), Contents(tmp_path / CONTENTS)
     memory.learn([(str(file), sha256("one"))])
     assert memory.sha256(file) == sha256("one") and readings == []
+
+
+def test_another_memory_is_asked_and_left_as_it_is(tmp_path: Path, readings: list[str]) -> None:
+    file, theirs = write(tmp_path / "run" / "a", "one"), Contents(tmp_path / "run" / CONTENTS)
+    theirs.sha256(file)
+    theirs.save()
+    before = (tmp_path / "run" / CONTENTS).read_bytes()
+    arm = Contents(tmp_path / CONTENTS)
+    for path in (tmp_path / "run" / CONTENTS, tmp_path / CONTENTS, tmp_path / "nowhere" / CONTENTS):
+        arm.consult(path)
+    assert arm.sha256(file) == sha256("one") and readings == ["a"]
+    tick()
+    file.write_text("two")
+    assert arm.sha256(file) == sha256("two") and readings == ["a", "a"]
+    arm.save()
+    assert (tmp_path / "run" / CONTENTS).read_bytes() == before
+
+
+def test_reading_much_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(content, "MUCH", 5)
+    memory = Contents()
+    for name, said in (("a", 0), ("b", 1), ("c", 1)):
+        memory.sha256(write(tmp_path / name, "one"))
+        assert len(caplog.records) == said

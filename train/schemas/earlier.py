@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nexus_gen.specs.artifact import digest, write_text_atomic
+from nexus_gen.specs.artifact import Seals, digest, write_text_atomic
 from nexus_gen.specs.content import hash_file
 from train.schemas.stages import StageConfig
 
@@ -26,15 +26,15 @@ def completed(config: StageConfig, found: dict[str, Any], wanted: dict[str, Any]
     These are taken over from `wanted`, the identity of now, unless what was looked at has changed.
     """
     where, inputs = config.inputs(), found.get("inputs", {})
-    accepted = [
-        role
-        for role, fingerprint in wanted["inputs"].items()
-        if (
-            role.startswith("pictures.")
-            if role not in inputs
-            else role in where and inputs[role] != fingerprint and inputs[role] == sampled_fingerprint(where[role])
-        )
-    ]
+
+    def is_accepted(role: str, fingerprint: str) -> bool:
+        if role not in inputs:
+            return role.startswith("pictures.")
+        if inputs[role] == fingerprint or role not in where or Seals().artifact_of(str(where[role])):
+            return False  # what is in an artifact has the fingerprint that it always had
+        return inputs[role] == sampled_fingerprint(where[role])
+
+    accepted = [role for role, fingerprint in wanted["inputs"].items() if is_accepted(role, fingerprint)]
     return {**found, "inputs": inputs | {role: wanted["inputs"][role] for role in accepted}}, accepted
 
 
