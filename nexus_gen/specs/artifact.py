@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nexus_gen.specs.content import CONTENTS, Contents, file_facts, hash_file
 from nexus_gen.specs.errors import UserError
@@ -103,7 +103,10 @@ def seal(directory: Path, manifest: Manifest, known: Mapping[str, str] | None = 
         name = path.removeprefix(f"{directory}{os.sep}")
         manifest.files[name] = {"bytes": os.stat(path).st_size, "sha256": known.get(name) or hash_file(path)}
     manifest.created_at = datetime.now(UTC).isoformat()
-    write_text_atomic(directory / MANIFEST, json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n")
+    values = asdict(manifest)
+    if manifest.numerics == 1:  # earlier versions do not know the key
+        del values["numerics"]
+    write_text_atomic(directory / MANIFEST, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -167,9 +170,8 @@ def fingerprint_inside(where: Path, contents: Contents | None = None) -> str | N
     found = Seals().artifact_of(str(where))
     if found is None:
         return None
-    directory, manifest = found
-    require_whole(directory, manifest, contents or Contents(), where)
-    return digest([manifest.fingerprint, where.relative_to(directory).as_posix()])
+    require_whole(found.directory, found.manifest, contents or Contents(), where)
+    return digest([found.fingerprint, where.relative_to(found.directory).as_posix()])
 
 
 def require_whole(directory: Path, manifest: Manifest, contents: Contents, where: Path | None = None) -> None:
@@ -208,32 +210,46 @@ def require_whole(directory: Path, manifest: Manifest, contents: Contents, where
         raise UserError(f"{error.filename} cannot be read ({error.strerror}); check the path") from error
 
 
+class Found(NamedTuple):
+    """An artifact that was come across."""
+
+    directory: Path
+    manifest: Manifest
+    fingerprint: str
+
+
 class Seals:
     """What manifests say of single files, such as the pictures that rows name. For one look: artifacts are replaced."""
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[Path, Manifest] | None] = {}
+        self._found: dict[str, tuple[Found, str] | None] = {}  # of a directory, and how names of its files begin there
 
     def require(self, file: str, sha256: str) -> None:
         """UserError for a file in an artifact that differs from its manifest. sha256: of it, "" for a missing one."""
-        if (found := self._of_directory(os.path.dirname(file))) is None:
+        directory, name = os.path.split(file)
+        if (inside := self._of_directory(directory)) is None:
             return
-        directory, manifest = found
-        name = (_located(os.path.dirname(file)) / os.path.basename(file)).relative_to(directory).as_posix()
-        listed = manifest.files.get(name)
+        found, prefix = inside
+        listed = found.manifest.files.get(prefix + name)
         if listed is None or listed["sha256"] != sha256:
             problem = "differs from its manifest" if sha256 else "is missing or cannot be read"
-            raise _refusal(directory, manifest, name, problem if listed else NOT_LISTED)
+            raise _refusal(found.directory, found.manifest, prefix + name, problem if listed else NOT_LISTED)
 
-    def artifact_of(self, where: str) -> tuple[Path, Manifest] | None:
+    def artifact_of(self, where: str) -> Found | None:
         """The artifact that a path is or is in."""
-        return self._of_directory(where if os.path.isdir(where) else os.path.dirname(where))
+        inside = self._of_directory(where if os.path.isdir(where) else os.path.dirname(where))
+        return inside and inside[0]
 
-    def _of_directory(self, directory: str) -> tuple[Path, Manifest] | None:
+    def _of_directory(self, directory: str) -> tuple[Found, str] | None:
         if directory not in self._found:
             place = str(_located(directory))
-            parent = os.path.dirname(place)
-            self._found[directory] = _artifact_at(place) or (self._of_directory(parent) if parent != place else None)
+            parent, name = os.path.split(place)
+            if found := _artifact_at(place):
+                self._found[directory] = found, ""
+            elif parent == place or (inside := self._of_directory(parent)) is None:
+                self._found[directory] = None
+            else:
+                self._found[directory] = inside[0], f"{inside[1]}{name}/"
         return self._found[directory]
 
 
@@ -275,20 +291,20 @@ def _located(where: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(where) if ".." in Path(where).parts else os.path.abspath(where))
 
 
-def _artifact_at(directory: str) -> tuple[Path, Manifest] | None:
+def _artifact_at(directory: str) -> Found | None:
     """A directory as an artifact; None where it has no manifest, or one of another program."""
     try:
         facts = file_facts(os.path.join(directory, MANIFEST))
     except OSError:
         return None
-    manifest = _read_manifest(directory, *facts)
-    return None if manifest is None else (Path(directory), manifest)
+    return _read_artifact(directory, *facts)
 
 
 @lru_cache(maxsize=16)
-def _read_manifest(directory: str, *_facts: int) -> Manifest | None:
+def _read_artifact(directory: str, *_facts: int) -> Found | None:
     try:
-        return Manifest.load(directory)
+        manifest = Manifest.load(directory)
+        return Found(Path(directory), manifest, manifest.fingerprint)
     except UserError:
         with open(os.path.join(directory, MANIFEST), "rb") as file, contextlib.suppress(ValueError):
             values = json.load(file)
