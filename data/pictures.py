@@ -41,8 +41,8 @@ class PictureHashes:
     """
 
     def __init__(self, memory: Path | None) -> None:
-        """memory: its file, see `nexus_gen.specs.content`."""
-        self.contents = Contents(None) if memory is None else Contents.at(memory)
+        """memory: its file, see `nexus_gen.specs.content`; None remembers nothing."""
+        self.contents = Contents.at(memory)
         self.seals = Seals()
 
     def of(self, place: PicturePlace) -> str:

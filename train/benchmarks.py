@@ -22,9 +22,9 @@ from data.records import read_records
 from nexus_gen.commands import add_model_arguments, save_atomic
 from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import fingerprint_path, write_text_atomic
-from nexus_gen.specs.content import CONTENTS, Contents
+from nexus_gen.specs.content import Contents
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, results_of
+from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, memory_of
 from nexus_gen.specs.numbers import not_finite
 from nexus_gen.specs.prompts import (
     EDITING_PROMPT,
@@ -255,7 +255,7 @@ def save(pictures: "list[Image]", batch: Sequence[tuple[Any, Path]]) -> None:
 
 def require_same(arguments: argparse.Namespace, paths: ModelPaths) -> None:
     """UserError when earlier pictures in the output are of other models or settings; records what paints now."""
-    contents = Contents.at(results_of(arguments.run) / CONTENTS)
+    contents = Contents.at(memory_of(arguments.run))
     models = {"autoregressive": paths.autoregressive, "decoder": paths.decoder, "flux": paths.flux}
     painted_by = {role: fingerprint_path(path, contents) for role, path in models.items() if path is not None}
     contents.save()

@@ -21,11 +21,11 @@ from nexus_gen.commands import add_model_arguments
 from nexus_gen.preflight import require_loadable
 from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import Manifest, building, fingerprint_path, seal, write_text_atomic
-from nexus_gen.specs.content import CONTENTS, Contents
+from nexus_gen.specs.content import Contents
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.framing import Frame
 from nexus_gen.specs.images import open_image
-from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, flag_of, results_of
+from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, flag_of, memory_of, results_of
 from nexus_gen.specs.results import check_result
 from train.benchmarks import batches, noise_seed
 from train.evaluation_page import render, table
@@ -295,7 +295,7 @@ def main(argv: list[str]) -> int:
     split = arguments.split if arguments.rows is None else rows.stem
     options = ("num", "tasks", "seed", "editor", "num_inference_steps", "cfg_scale")
     settings = {"split": split, **{name: getattr(arguments, name) for name in options}}
-    hashes = PictureHashes(results_of(arguments.run) / CONTENTS)
+    hashes = PictureHashes(memory_of(arguments.run))
     pictures = [image for of_task in tasks.values() for row in of_task for image in row.images]
     inputs = {"rows": fingerprint_rows(rows, pictures, hashes), **models.inputs(hashes.contents)}
     hashes.contents.save()

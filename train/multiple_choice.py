@@ -23,10 +23,9 @@ from data.records import Record, read_records
 from nexus_gen.commands import add_model_arguments
 from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import fingerprint_path, write_text_atomic
-from nexus_gen.specs.content import CONTENTS
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import StoredImage
-from nexus_gen.specs.models import ModelPaths, results_of
+from nexus_gen.specs.models import ModelPaths, memory_of
 from nexus_gen.specs.prompts import IMAGE_TAG
 from nexus_gen.specs.results import check_result
 from train.benchmarks import batches
@@ -137,7 +136,7 @@ def main(argv: list[str]) -> int:
     if not questions:
         raise UserError(f"{arguments.questions} holds no multiple-choice questions; give rows with options")
     paths = ModelPaths.find(arguments.run, decoder=None, autoregressive=arguments.autoregressive)
-    hashes = PictureHashes(results_of(arguments.run) / CONTENTS)
+    hashes = PictureHashes(memory_of(arguments.run))
     images = [image for question in questions for image in question.images]
     inputs = {
         "autoregressive": fingerprint_path(paths.autoregressive, hashes.contents),

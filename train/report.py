@@ -21,10 +21,10 @@ from PIL import Image
 from data.mixture import read_dataset
 from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
-from nexus_gen.specs.content import CONTENTS, Contents
+from nexus_gen.specs.content import Contents
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.lineage import evaluations_of, flux_of_all, parts_of
-from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, results_of
+from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, memory_of, results_of
 from nexus_gen.specs.results import check_result
 from nexus_gen.specs.weight_files import FLUX_WEIGHTS, flux_places
 from train.gain import Gain, gains_of, summary
@@ -145,7 +145,7 @@ def missing_start(configs: Sequence[StageConfig]) -> list[Path]:
 def stale_evaluations(run: Path) -> list[Path]:
     """The evaluations in a run that are of other weights than its own by now."""
     paths: dict[str | None, ModelPaths] = {kind: ModelPaths.find(run, decoder=kind) for kind in DECODER_KINDS}
-    contents = Contents.at(results_of(run) / CONTENTS)
+    contents = Contents.at(memory_of(run))
     stale = evaluations_of(run, parts_of(paths), flux_of_all(paths), contents)[1]
     contents.save()
     return stale

@@ -192,7 +192,7 @@ def require_whole(directory: Path, manifest: Manifest, contents: Contents, where
             if size != facts["bytes"]:
                 problem = f"differs from its manifest ({size} bytes where that has {facts['bytes']})"
                 raise _refusal(directory, manifest, name, problem)
-        if within not in files:
+        if within not in files and manifest.kind != "shipped_run":  # commands add to a run
             for name in files_below(f"{directory}/{within}" if within else str(directory)):
                 hidden = any(part.startswith(".") or part == MANIFEST for part in name.split("/"))
                 if not hidden and (f"{within}/{name}" if within else name) not in files:

@@ -69,8 +69,10 @@ class Contents:
         self._refresh()
 
     @staticmethod
-    def at(path: Path) -> "Contents":
+    def at(path: Path | None) -> "Contents":
         """The memory at a path, as it is now; one object for all that have it in use at the same time."""
+        if path is None:
+            return Contents()
         path = path.absolute()
         memory = _open.get(path)
         if memory is None:

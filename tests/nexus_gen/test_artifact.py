@@ -21,7 +21,7 @@ from nexus_gen.specs.artifact import (
 )
 from nexus_gen.specs.content import Contents
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.models import SHIPPED_RUN
+from nexus_gen.specs.models import SHIPPED_RUN, memory_of
 
 
 @pytest.fixture
@@ -164,3 +164,15 @@ def test_weights_that_ship_are_as_their_manifests_say() -> None:
     for stage in ("standins", "pretrain", "generation_decoder", "editing_decoder", "shapes"):
         where = SHIPPED_RUN / stage / "artifact"
         assert fingerprint_path(where) == digest([verify(where).fingerprint, "."])
+
+
+def test_commands_on_a_run_that_ships_leave_nothing_in_it(tmp_path: Path) -> None:
+    assert memory_of(tmp_path) == tmp_path / "contents.jsonl"
+    shipped = shutil.copytree(SHIPPED_RUN, tmp_path / "shipped")
+    assert memory_of(shipped) is None
+    (shipped / "evaluation" / "mine").mkdir()
+    (shipped / "evaluation" / "mine" / "scores.json").write_text("{}")
+    verify(shipped)
+    (shipped / "generation_decoder" / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl is missing"):
+        verify(shipped)
