@@ -100,9 +100,12 @@ class Contents:
         return sha256
 
     def consult(self, path: Path) -> None:
-        """Ask another memory, too, as of the run whose artifact is read; nothing is written there."""
+        """Ask another memory, too, as of the run whose artifact is read; nothing is written there.
+
+        Whoever remembers nothing wants everything read.
+        """
         path = path.absolute()
-        if path != self._path and path not in self._others and path.is_file():
+        if self._path is not None and path != self._path and path not in self._others and path.is_file():
             self._others[path] = Contents.at(path)
 
     def sha256s(self, files: Sequence[str]) -> Iterator[str]:

@@ -160,6 +160,16 @@ def test_what_was_just_sealed_is_not_read_again(artifact: Path, monkeypatch: pyt
     fingerprint_path(artifact, Contents(artifact.parent / "contents.jsonl"))
 
 
+def test_verifying_reads_everything_whatever_is_remembered(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails changes bytes and no time."""
+    monkeypatch.setattr("nexus_gen.specs.content.SETTLED_NS", 0)
+    remember_sealed(artifact, Contents(artifact.parent.parent / "contents.jsonl"))
+    monkeypatch.setattr("nexus_gen.specs.content.hash_file", lambda _: "of a broken disk")
+    fingerprint_path(artifact, Contents(artifact.parent / "contents.jsonl"))
+    with pytest.raises(UserError, match="differs from its manifest"):
+        verify(artifact)
+
+
 def test_weights_that_ship_are_as_their_manifests_say() -> None:
     for stage in ("standins", "pretrain", "generation_decoder", "editing_decoder", "shapes"):
         where = SHIPPED_RUN / stage / "artifact"
