@@ -239,7 +239,7 @@ def test_a_raised_version_embeds_all_again(whole: Any, monkeypatch: pytest.Monke
     stage, _ = whole
     kind = EmbedEditingStage if stage.stage == "embed_editing" else EmbedGenerationStage
     before = kind(stage).recipe()
-    monkeypatch.setattr(type(stage), "numerics", 2)
+    monkeypatch.setattr(type(stage), "numerics", stage.numerics + 1)
     assert kind(stage).recipe() == {**before, "code": before["code"] + 1}
 
 
