@@ -197,10 +197,10 @@ def require_whole(directory: Path, manifest: Manifest, contents: Contents, where
                 hidden = any(part.startswith(".") or part == MANIFEST for part in name.split("/"))
                 if not hidden and (f"{within}/{name}" if within else name) not in files:
                     raise _refusal(directory, manifest, f"{within}/{name}" if within else name, NOT_LISTED)
-        hashes = contents.sha256s([f"{directory}/{name}" for name in files])
-        for (name, facts), sha256 in zip(files.items(), hashes, strict=True):
-            if sha256 != facts["sha256"]:
-                raise _refusal(directory, manifest, name, "differs from its manifest")
+        with contextlib.closing(contents.sha256s([f"{directory}/{name}" for name in files])) as hashes:
+            for (name, facts), sha256 in zip(files.items(), hashes, strict=True):
+                if sha256 != facts["sha256"]:
+                    raise _refusal(directory, manifest, name, "differs from its manifest")
     except FileNotFoundError as error:
         name = os.path.relpath(error.filename, directory)
         raise _refusal(directory, manifest, name, "is missing, and its manifest lists it") from error

@@ -17,7 +17,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -108,13 +108,16 @@ class Contents:
         if self._path is not None and path != self._path and path not in self._others and path.is_file():
             self._others[path] = Contents.at(path)
 
-    def sha256s(self, files: Sequence[str]) -> Iterator[str]:
+    def sha256s(self, files: Sequence[str]) -> Generator[str, None, None]:
         """Of several files in their order, by threads. Raises OSError."""
         at_once = max(1, min(AT_ONCE, len(files) // (4 * THREADS)))
         groups = [files[first : first + at_once] for first in range(0, len(files), at_once)]
-        with ThreadPoolExecutor(THREADS) as pool:
+        pool = ThreadPoolExecutor(THREADS)
+        try:
             for hashes in pool.map(lambda group: [self.sha256(file) for file in group], groups):
                 yield from hashes
+        finally:  # whoever has found one that differs need not wait for terabytes of others
+            pool.shutdown(cancel_futures=True)
 
     def learn(self, hashes: Iterable[tuple[str, str]]) -> None:
         """Remember (file, SHA-256) of files that were hashed while they were written."""
@@ -139,14 +142,13 @@ class Contents:
         if self._path is None or not self._new or not self._path.parent.is_dir():
             return
         self._refresh()
+        known_now, new = dict(self._known), set(self._new)  # threads may still be at work
         there: dict[str, bool] = {}
-        for name in self._known:
+        for name in known_now:
             directory = os.path.dirname(name)
             if directory not in there:
                 there[directory] = os.path.isdir(os.path.join(self._root, directory))
-        lines = (
-            json.dumps([name, *known]) + "\n" for name, known in self._known.items() if there[os.path.dirname(name)]
-        )
+        lines = (json.dumps([name, *known]) + "\n" for name, known in known_now.items() if there[os.path.dirname(name)])
         aside = self._path.with_name(f".{self._path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
         try:
             with open(aside, "w", encoding="ascii") as file:
@@ -157,7 +159,7 @@ class Contents:
             log.warning("%s cannot be written (%s); files are read again next time", self._path, error.strerror)
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
-        self._new.clear()
+        self._new -= new
 
     def _refresh(self) -> None:
         """Take up what is in the memory's file, unless it is what was read or written last."""
