@@ -35,7 +35,9 @@ def remembered(memory: Path, key: Any, files: Sequence[Path], read: Callable[[],
             if lines.readline() == head:
                 yield from map(json.loads, lines)
                 return
-    if not all(ns_since_change(of_file, now) >= SETTLED_NS for of_file in facts.values()) or not _can_write(memory.parent):
+    if not all(ns_since_change(of_file, now) >= SETTLED_NS for of_file in facts.values()) or not _can_write(
+        memory.parent
+    ):
         yield from read()
         return
     with aside(memory) as partial, open(partial, "w", encoding="ascii") as lines:

@@ -21,6 +21,8 @@ from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from nexus_gen.specs.results import aside
+
 log = logging.getLogger(__name__)
 
 CONTENTS = "contents.jsonl"  # in a run
@@ -149,16 +151,12 @@ class Contents:
             if directory not in there:
                 there[directory] = os.path.isdir(os.path.join(self._root, directory))
         lines = (json.dumps([name, *known]) + "\n" for name, known in known_now.items() if there[os.path.dirname(name)])
-        aside = self._path.with_name(f".{self._path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
         try:
-            with open(aside, "w", encoding="ascii") as file:
+            with aside(self._path) as partial, open(partial, "w", encoding="ascii") as file:
                 file.writelines(lines)
-            os.replace(aside, self._path)
             self._read_at = file_facts(self._path)
         except OSError as error:  # a run on a read-only or full disk can still be asked about
             log.warning("%s cannot be written (%s); files are read again next time", self._path, error.strerror)
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
         self._new -= new
 
     def _refresh(self) -> None:
