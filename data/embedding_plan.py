@@ -8,78 +8,27 @@ ask whether a stage has anything to do.
 import hashlib
 import json
 import logging
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data.memory import file_facts, remembered, settled
+from data.memory import remembered
 from data.messages import RowError
 from data.mixture import Place, load_mixture, read_places
+from data.pictures import PictureHashes, place_of
 from data.quarantine import LeftOut
 from data.shards import Listing, checksum, index_shard, read_member
-from nexus_gen.specs.artifact import digest, write_text_atomic
+from nexus_gen.specs.artifact import digest
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.images import EncodedImage, ImageMember, StoredImage, read_image_bytes
 from nexus_gen.specs.prompts import IMAGE_TAG
 
 log = logging.getLogger(__name__)
 
-HASHES = "picture_hashes.jsonl"
 ROWS = "rows_{split}.jsonl"  # what was read of a split
 READING = 1  # raise it when `_read` says something else of the same rows
-UNREADABLE = ""  # the hash of a picture that cannot be read; embedding its row says why
-ROWS_AT_ONCE = 256  # in memory, with the pictures that some formats keep in their rows
-HASHING_THREADS = 8  # hashing releases the interpreter's lock; reading waits for disks
-
-PicturePlace = str | list[Any]  # a path; a tar with offset and size; or the hash alone of one that came with its row
-
-
-class PictureHashes:
-    """SHA-256 of pictures, remembered in a file by path, size and times, so that an unchanged one is read only once."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known: dict[str, tuple[list[int], str]] = {}
-        self._used: dict[str, tuple[list[int], str]] = {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        for line in lines:
-            name, facts, sha256 = json.loads(line)
-            self._known[name] = (facts, sha256)
-
-    def of(self, place: PicturePlace) -> str:
-        """The hash of a picture's file, UNREADABLE where it cannot be read. Threads may ask at once."""
-        try:
-            file, *member = [place] if isinstance(place, str) else place
-            if isinstance(place, list) and not member:
-                return file
-            name = ":".join(map(str, [file, *member]))
-            facts = file_facts(file)
-            known, sha256 = self._known.get(name, ([], ""))
-            if facts != known:
-                now = time.time_ns()
-                sha256 = hash_picture(ImageMember(name, Path(file), *member) if member else Path(file))
-                if not settled(facts, now):
-                    return sha256
-            self._used[name] = (facts, sha256)
-            return sha256
-        except (OSError, UserError):
-            return UNREADABLE
-
-    def save(self) -> None:
-        """Write what was asked for since the start; the rest is forgotten."""
-        if self._used != self._known:
-            lines = (json.dumps([name, *facts], ensure_ascii=False) + "\n" for name, facts in self._used.items())
-            write_text_atomic(self._path, "".join(lines))
-
-
-def hash_picture(picture: StoredImage) -> str:
-    return hashlib.sha256(read_image_bytes(picture)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -166,23 +115,14 @@ class SplitRows:
         rows: list[RowFacts] = []
         unusable = []
         files = list(dict.fromkeys([path, *load_mixture(path).files]))
-        out = sorted((str(file), sorted(reasons.items())) for file, reasons in left_out.rows.items())
-        found = remembered(
-            memory,
-            [READING, task, all_pictures, out, *([picture_root] if picture_root else [])],
-            files,
-            lambda: _read(path, task, all_pictures, left_out, picture_root),
-        )
-        with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            while group := list(islice(found, ROWS_AT_ONCE)):
-                hashed = pool.map(lambda row: [hashes.of(picture) for picture in row[-1]], group)
-                for (place, where, row_id, source, caption, words, reason, _), pictures in zip(
-                    group, hashed, strict=True
-                ):
-                    if reason:
-                        unusable.append({"where": where, "id": row_id, "reason": reason})
-                    else:
-                        rows.append(RowFacts(tuple(place), where, row_id, source, caption, pictures, words))
+        key = [READING, task, all_pictures, left_out.key, *([picture_root] if picture_root else [])]
+        found = remembered(memory, key, files, lambda: _read(path, task, all_pictures, left_out, picture_root))
+        hashed = hashes.of_rows(found, lambda row: row[-1])
+        for (place, where, row_id, source, caption, words, reason, _), pictures in hashed:
+            if reason:
+                unusable.append({"where": where, "id": row_id, "reason": reason})
+            else:
+                rows.append(RowFacts(tuple(place), where, row_id, source, caption, pictures, words))
         return SplitRows(split, rows, unusable)
 
     @property
@@ -222,13 +162,7 @@ def _read(path: Path, task: str, all_pictures: bool, left_out: LeftOut, picture_
                 reason = "its last reply does not hold exactly one picture"
             caption, words = row.messages[-2]["content"], digest(row.messages)
             pictures = [] if reason else row.images[0 if all_pictures else -1 :]
-            yield [place, where, row.id, row.source, caption, words, reason, [*map(_place_of, pictures)]]
-
-
-def _place_of(picture: StoredImage) -> PicturePlace:
-    if isinstance(picture, EncodedImage):
-        return [hash_picture(picture)]
-    return [str(picture.tar), picture.offset, picture.size] if isinstance(picture, ImageMember) else str(picture)
+            yield [place, where, row.id, row.source, caption, words, reason, [*map(place_of, pictures)]]
 
 
 def address(recipe: dict[str, Any], pictures: list[str], words: str) -> str:

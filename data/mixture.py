@@ -32,12 +32,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.memory import file_facts, folder_files
+from data.memory import folder_files
 from data.messages import TASKS, Row, RowError, Summary, count_rows
 from data.mixture_spec import MixtureSpec, Source, load_mixture
 from data.notices import Notices, sentences
 from data.quarantine import NOTHING, LeftOut
 from data.records import ROW_GROUPS_KEPT, Record
+from nexus_gen.specs.content import file_facts
 from nexus_gen.specs.errors import UserError, nearest
 
 log = logging.getLogger(__name__)

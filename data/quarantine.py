@@ -33,6 +33,11 @@ class LeftOut:
         """Those of one file."""
         return self.rows.get(file, {})
 
+    @property
+    def key(self) -> list[Any]:
+        """What tells it from others, as JSON."""
+        return sorted([str(file), sorted(reasons.items())] for file, reasons in self.rows.items())
+
     def __len__(self) -> int:
         return sum(map(len, self.rows.values()))
 

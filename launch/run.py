@@ -33,6 +33,7 @@ from train.schemas.run_directory import (
     prepare,
     read_request,
     request_another,
+    require_artifact,
 )
 from train.schemas.stages import SCHEMAS, StageConfig, preflight_pipeline
 
@@ -181,6 +182,7 @@ def run_stage(config: StageConfig, crew: Crew, again: bool) -> int:
     config.preflight()
     wanted = identity(config)
     if not again and made_by(config, wanted):
+        require_artifact(config)
         print(f"{config.stage}: unchanged, skipped ({config.artifact_dir})", flush=True)
         return 0
     with locked(config.run_dir, among_others=config.launch.kind == "torchrun") as lock:

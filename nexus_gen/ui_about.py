@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 from nexus_gen.served import ServedModels, ServedPaths
-from nexus_gen.specs.lineage import Part, evaluations_of, parts_of
+from nexus_gen.specs.content import Contents
+from nexus_gen.specs.lineage import Part, evaluations_of, flux_of_all, parts_of
+from nexus_gen.specs.models import memory_of
 from nexus_gen.specs.prompts import LANGUAGES
 from nexus_gen.specs.scores import in_unit
 from nexus_gen.ui_words import Words
@@ -18,7 +20,9 @@ def about(served: ServedPaths, models: ServedModels, words: Words) -> str:
             [(getattr(words, part.role), parameters(models, part.role), *facts(part)) for part in parts],
         )
     ]
-    current, stale = evaluations_of(served.run, parts)
+    contents = Contents.at(memory_of(served.run))
+    current, stale = evaluations_of(served.run, parts, flux_of_all(served.paths), contents)
+    contents.save()
     for evaluation in current:
         rows = [
             (name, *in_unit(name, score), str(score["count"]))

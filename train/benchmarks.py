@@ -4,7 +4,8 @@ nexus-gen evaluate geneval runs/full --prompts evaluation_metadata.jsonl --outpu
 nexus-gen evaluate imgedit runs/full --edits basic_edit.json --images originals --output imgedit
 
 Either takes rows of our own dataset instead of the benchmark's file. Pictures that are there already are kept, so an
-interrupted command goes on. Sources: the repositories djghosh13/geneval and PKU-YuanGroup/ImgEdit.
+interrupted command goes on, with the same models and settings. Sources: the repositories djghosh13/geneval and
+PKU-YuanGroup/ImgEdit.
 """
 
 import argparse
@@ -20,9 +21,10 @@ from data.messages import Row, read_rows
 from data.records import read_records
 from nexus_gen.commands import add_model_arguments, save_atomic
 from nexus_gen.specs.arguments import Parser
-from nexus_gen.specs.artifact import write_text_atomic
+from nexus_gen.specs.artifact import fingerprint_path, write_text_atomic
+from nexus_gen.specs.content import Contents
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.models import DECODER_KINDS, ModelPaths
+from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, memory_of
 from nexus_gen.specs.numbers import not_finite
 from nexus_gen.specs.prompts import (
     EDITING_PROMPT,
@@ -50,6 +52,7 @@ EDIT_TYPES = {
     "replace": "replace",
     "background": "background",
 }
+PAINTED_BY = ".painted_by.json"  # in the output: the models and settings of its pictures
 Item = TypeVar("Item")
 
 
@@ -250,6 +253,23 @@ def save(pictures: "list[Image]", batch: Sequence[tuple[Any, Path]]) -> None:
         save_atomic(picture, path)
 
 
+def require_same(arguments: argparse.Namespace, paths: ModelPaths) -> None:
+    """UserError when earlier pictures in the output are of other models or settings; records what paints now."""
+    contents = Contents.at(memory_of(arguments.run))
+    models = {"autoregressive": paths.autoregressive, "decoder": paths.decoder, "flux": paths.flux}
+    painted_by = {role: fingerprint_path(path, contents) for role, path in models.items() if path is not None}
+    contents.save()
+    painted_by |= {name: getattr(arguments, name) for name in ("seed", "num_inference_steps", "cfg_scale")}
+    path = arguments.output / PAINTED_BY
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else painted_by
+    if unlike := [name for name, value in painted_by.items() if before.get(name) != value]:
+        raise UserError(
+            f"the pictures in {arguments.output} were painted with another {', '.join(unlike)}; "
+            "give --output with an empty or a new directory"
+        )
+    write_text_atomic(path, json.dumps(painted_by, indent=1) + "\n")
+
+
 def main(argv: list[str]) -> int:
     command = argv[0]
     arguments = parser(command).parse_args(argv[1:])
@@ -266,6 +286,7 @@ def main(argv: list[str]) -> int:
         decoder_path=arguments.decoder,
         flux=arguments.flux,
     )
+    require_same(arguments, paths)
     from nexus_gen.inference import NexusGen  # loads torch: only once the arguments hold
 
     num_painted = fill(NexusGen(paths, arguments.device))

@@ -40,7 +40,8 @@ from nexus_gen.autoregressive import IGNORE_INDEX, NexusGenForConditionalGenerat
 from nexus_gen.checkpoints import load_vae
 from nexus_gen.conversation import collate, encode, scaled_patches, target_size
 from nexus_gen.packed_vision import PackedVisionTower
-from nexus_gen.specs.artifact import digest, hash_file, write_text_atomic
+from nexus_gen.specs.artifact import digest, write_text_atomic
+from nexus_gen.specs.content import Contents, hash_file
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS, REFERENCE_GRID, RELEASED_TARGET_TOKENS
 from nexus_gen.specs.images import channels_first, cover_crop, open_image, squash
@@ -59,8 +60,6 @@ from train.stage import Stage
 
 log = logging.getLogger(__name__)
 
-# Part of every address. Raise it when a change of the code changes what is stored for the same pictures and weights.
-EMBEDDING_CODE = 2  # 2: pictures are converted to sRGB by their profile
 LENGTH_STEP = 64  # conversations are padded to multiples of it and share a batch with those of their own length only
 QUARANTINE = "quarantine.jsonl"
 COMPILED_FROM_ROWS = 10_000  # compiling the tower takes 11 s on an H200, and saves 0.8 ms a picture of 252 px
@@ -124,7 +123,7 @@ class EmbedStage(Stage[EmbedConfig]):
         whole = config.reads_conversations
         recipe: dict[str, Any] = {
             "stage": config.stage,
-            "code": EMBEDDING_CODE,
+            "code": config.numerics,
             "encoder": fingerprint_tensors(TensorFiles(checkpoint), "" if whole else "visual."),
             "encoder config": hash_file(checkpoint / "config.json")[:16],
             "processor": self._processor_fingerprint(),
@@ -179,16 +178,18 @@ class EmbedStage(Stage[EmbedConfig]):
                 path.unlink(missing_ok=True)
             elif path.suffix == ".tar" and (shard is None or not shard.is_held_by(whole)):
                 self._set_aside(path)
-        unfinished = []
+        unfinished, contents = [], Contents.at(self.config.contents)
         for number, shard in enumerate(plan):
             made, before = self._partial / shard.file, self.config.artifact_dir / shard.file
             if made.is_file():
                 continue
-            if self.config.resume and shard.is_held_by(Listing.read(before)):
+            listing = Listing.read(before) if self.config.resume else None
+            if listing and shard.is_held_by(listing) and contents.sha256(before) == listing.sha256:
                 for old, new in ((before, made), (listing_path(before), listing_path(made))):
                     link(old, new)
             else:
                 unfinished.append(number)
+        contents.save()
         return unfinished
 
     def _set_aside(self, shard: Path) -> None:

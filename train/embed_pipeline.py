@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from data.embedding_plan import UNREADABLE, EarlierSamples, PlannedSample, PlannedShard, hash_picture
+from data.embedding_plan import EarlierSamples, PlannedSample, PlannedShard
+from data.pictures import UNREADABLE, hash_picture
 from data.quantize import dequantize, embedding_gap, quantize, rounded, storage_error
 from data.shards import Sample, checksum, save_samples, write_shard
 from nexus_gen.specs.errors import UserError

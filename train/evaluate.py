@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.messages import Row, read_rows
+from data.pictures import PictureHashes, fingerprint_rows
 from nexus_gen.commands import add_model_arguments
 from nexus_gen.preflight import require_loadable
 from nexus_gen.specs.arguments import Parser
-from nexus_gen.specs.artifact import Manifest, building, seal, write_text_atomic
+from nexus_gen.specs.artifact import Manifest, building, fingerprint_path, seal, write_text_atomic
+from nexus_gen.specs.content import Contents
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.framing import Frame
 from nexus_gen.specs.images import open_image
-from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, flag_of, results_of
+from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, flag_of, memory_of, results_of
 from nexus_gen.specs.results import check_result
 from train.benchmarks import batches, noise_seed
 from train.evaluation_page import render, table
@@ -37,7 +39,6 @@ from train.outcomes import (
     require_truth,
     scores_of,
 )
-from train.schemas.fields import fingerprint_path
 from train.schemas.run_directory import code_version, load_config
 
 if TYPE_CHECKING:
@@ -154,14 +155,14 @@ class Models:
             require_loadable(paths, arguments.cfg_scale)
         self._loaded: NexusGen | None = None
 
-    def inputs(self) -> dict[str, str]:
+    def inputs(self, contents: Contents) -> dict[str, str]:
         """Role -> fingerprint of everything that is loaded."""
         found: dict[str, Path] = {}
         for kind, paths in self.paths.items():
             found["autoregressive"] = paths.autoregressive
             if kind is not None and paths.decoder is not None and paths.flux is not None:
                 found |= {kind: paths.decoder, "flux": paths.flux}
-        return {role: fingerprint_path(path) for role, path in sorted(found.items())}
+        return {role: fingerprint_path(path, contents) for role, path in sorted(found.items())}
 
     def get(self, kind: str | None) -> "NexusGen":
         """The model with a decoder of that kind, or with any; one decoder is in memory at a time."""
@@ -294,7 +295,10 @@ def main(argv: list[str]) -> int:
     split = arguments.split if arguments.rows is None else rows.stem
     options = ("num", "tasks", "seed", "editor", "num_inference_steps", "cfg_scale")
     settings = {"split": split, **{name: getattr(arguments, name) for name in options}}
-    inputs = {"rows": fingerprint_path(rows), **models.inputs()}
+    hashes = PictureHashes(memory_of(arguments.run))
+    pictures = [image for of_task in tasks.values() for row in of_task for image in row.images]
+    inputs = {"rows": fingerprint_rows(rows, pictures, hashes), **models.inputs(hashes.contents)}
+    hashes.contents.save()
     output = arguments.output or results_of(arguments.run) / "evaluation" / split
     if output.exists() and not (output / IDENTITY).is_file() and (output.is_file() or any(output.iterdir())):
         raise UserError(f"{output} holds something else; give --output with an empty or a new directory")

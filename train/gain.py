@@ -1,5 +1,6 @@
 """What training changed: the scores of an evaluation against those of another one on the same rows. No torch here."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ class Gain:
     rows: int
 
 
-def gains_of(run: Path, against: Path) -> list[Gain]:
+def gains_of(run: Path, against: Path, stale: Collection[Path] = ()) -> list[Gain]:
     """The scores of the run's evaluation on the rows of the evaluation `against`.
 
-    Raises UserError when there is none that asks the same.
+    stale: directories of evaluations that are of other weights by now. Raises UserError when there is no other that
+    asks the same.
     """
     before = Manifest.load(against).require("evaluation", against)
     found: list[tuple[list[str], Path, Manifest]] = []
@@ -37,7 +39,9 @@ def gains_of(run: Path, against: Path) -> list[Gain]:
             found.append((unlike, file.parent, after))
     if not found:
         raise UserError(f"{run} has no evaluation on the rows of {against}; nexus-gen evaluate {run} --rows ... first")
-    unlike, where, after = min(found, key=lambda one: len(one[0]))
+    unlike, where, after = min(found, key=lambda one: (one[1] in stale, len(one[0])))
+    if where in stale:
+        raise UserError(f"{where} is of other weights than {run} holds now; nexus-gen evaluate {run} --rows ... again")
     if unlike:
         raise UserError(f"{where} and {against} differ in {', '.join(unlike)}; evaluate both alike")
     return gains(before.details["scores"], after.details["scores"])

@@ -18,20 +18,20 @@ from string import ascii_uppercase
 from typing import Any
 
 from data.messages import stored_image
+from data.pictures import PictureHashes, fingerprint_rows
 from data.records import Record, read_records
 from nexus_gen.commands import add_model_arguments
 from nexus_gen.specs.arguments import Parser
-from nexus_gen.specs.artifact import write_text_atomic
+from nexus_gen.specs.artifact import fingerprint_path, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import StoredImage
-from nexus_gen.specs.models import ModelPaths
+from nexus_gen.specs.models import ModelPaths, memory_of
 from nexus_gen.specs.prompts import IMAGE_TAG
 from nexus_gen.specs.results import check_result
 from train.benchmarks import batches
 from train.evaluation_page import table
 from train.letter_reader import parse_letter
 from train.measures import Score, mean_of, proportion
-from train.schemas.fields import fingerprint_path
 
 PLACE = re.compile(r"<image (\d+)>")
 REQUEST = "Answer with the letter of the right option only."
@@ -136,6 +136,13 @@ def main(argv: list[str]) -> int:
     if not questions:
         raise UserError(f"{arguments.questions} holds no multiple-choice questions; give rows with options")
     paths = ModelPaths.find(arguments.run, decoder=None, autoregressive=arguments.autoregressive)
+    hashes = PictureHashes(memory_of(arguments.run))
+    images = [image for question in questions for image in question.images]
+    inputs = {
+        "autoregressive": fingerprint_path(paths.autoregressive, hashes.contents),
+        "questions": fingerprint_rows(arguments.questions, images, hashes),
+    }
+    hashes.contents.save()
     from nexus_gen.inference import NexusGen  # loads torch: only once the arguments hold
 
     model, outcomes = NexusGen(paths, arguments.device), []
@@ -162,10 +169,7 @@ def main(argv: list[str]) -> int:
     scores = {name: dataclasses.asdict(score) for name, score in found.items()}
     report = {
         "scores": scores,
-        "inputs": {
-            "autoregressive": fingerprint_path(paths.autoregressive),
-            "questions": fingerprint_path(arguments.questions),
-        },
+        "inputs": inputs,
         "not_multiple_choice": len(read) - len(questions),
         "unreadable": [{name: outcome[name] for name in ("id", "answer", "reply")} for outcome in unreadable],
         "answers": outcomes,

@@ -21,8 +21,10 @@ from PIL import Image
 from data.mixture import read_dataset
 from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
+from nexus_gen.specs.content import Contents
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.models import default_run, results_of
+from nexus_gen.specs.lineage import evaluations_of, flux_of_all, parts_of
+from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, memory_of, results_of
 from nexus_gen.specs.results import check_result
 from nexus_gen.specs.weight_files import FLUX_WEIGHTS, flux_places
 from train.gain import Gain, gains_of, summary
@@ -140,6 +142,15 @@ def missing_start(configs: Sequence[StageConfig]) -> list[Path]:
     return [where for where in starts if not where.exists()]
 
 
+def stale_evaluations(run: Path) -> list[Path]:
+    """The evaluations in a run that are of other weights than its own by now."""
+    paths: dict[str | None, ModelPaths] = {kind: ModelPaths.find(run, decoder=kind) for kind in DECODER_KINDS}
+    contents = Contents.at(memory_of(run))
+    stale = evaluations_of(run, parts_of(paths), flux_of_all(paths), contents)[1]
+    contents.save()
+    return stale
+
+
 def render(run: Path, samples: Any, with_start: bool, gains: list[Gain], output: Path) -> None:
     """Fill the template and write the page in one piece."""
     stages = stage_rows(run)
@@ -184,7 +195,7 @@ def main(argv: list[str]) -> int:
     assert isinstance(pretrain, PretrainConfig)
     data = pretrain.data
     rows = list(read_dataset(data.heldout, data.left_out("heldout"), data.picture_root))
-    gains = gains_of(run, arguments.against) if arguments.against else []
+    gains = gains_of(run, arguments.against, stale_evaluations(run)) if arguments.against else []
     from train.report_samples import draw_samples  # loads torch: only once the arguments hold
 
     with_start = not missing_start(configs)

@@ -22,9 +22,18 @@ from typing import Any
 import yaml
 
 from nexus_gen.specs.arguments import Parser
-from nexus_gen.specs.artifact import MANIFEST, Manifest, building, hash_file, seal, write_text_atomic
+from nexus_gen.specs.artifact import (
+    MANIFEST,
+    Manifest,
+    Seals,
+    building,
+    fingerprint_path,
+    hash_file,
+    seal,
+    write_text_atomic,
+)
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.lineage import evaluations_of, parts_of
+from nexus_gen.specs.lineage import evaluations_of, flux_of_all, parts_of
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths
 from nexus_gen.specs.results import check_result
 from train.schemas.fields import path_values
@@ -231,6 +240,7 @@ def ship_rows(run: Path, directory: Path, num_rows: int) -> None:
     artifact, target = run / "shapes" / "artifact", directory / "shapes" / "artifact"
     target.mkdir()
     for split in ROW_SPLITS:
+        fingerprint_path(artifact / f"{split}.jsonl")  # raises unless they are as they were made
         rows = chosen_rows(artifact / f"{split}.jsonl", num_rows)
         text = "".join(json.dumps(with_pictures(row, artifact), ensure_ascii=False) + "\n" for row in rows)
         write_text_atomic(target / f"{split}.jsonl", text)
@@ -249,7 +259,11 @@ def chosen_rows(path: Path, num_rows: int) -> list[dict[str, Any]]:
 
 
 def with_pictures(row: dict[str, Any], artifact: Path) -> dict[str, Any]:
-    """A row that holds its pictures itself."""
+    """A row that holds its pictures itself. UserError for one that is not as it was made."""
+    seals = Seals()
+    for image in row["images"]:
+        if not image.startswith("data:"):
+            seals.require(str(artifact / image), hash_file(artifact / image))
     images = [
         image
         if image.startswith("data:")
@@ -265,13 +279,15 @@ def ship_scores(evaluations: list[Path], directory: Path) -> None:
         return
     for evaluation in evaluations:
         manifest = Manifest.load(evaluation).require("evaluation", evaluation)
+        fingerprint_path(evaluation / "scores.json")  # raises unless they are as they were found
         target = directory / "evaluation" / manifest.config["split"]
         if target.exists():
             raise UserError(f"--scores holds two evaluations of the split {target.name}; give one of each")
         target.mkdir(parents=True)
         shutil.copyfile(evaluation / "scores.json", target / "scores.json")
         seal_shipped(target, manifest)
-    stale = evaluations_of(directory, parts_of(shipped_paths(directory)))[1]
+    paths = shipped_paths(directory)
+    stale = evaluations_of(directory, parts_of(paths), flux_of_all(paths))[1]
     if stale:
         raise UserError(
             f"the scores of {', '.join(path.name for path in stale)} are of other weights than these; "

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import torch.distributed
 
-from nexus_gen.specs.artifact import Manifest, building, seal
+from nexus_gen.specs.artifact import Manifest, building, remember_sealed, seal
+from nexus_gen.specs.content import Contents
 from train.schemas.run_directory import checkpoints_identity
 from train.schemas.stages import StageConfig
 
@@ -79,6 +80,7 @@ class Stage(ABC, Generic[Config]):
                     details=details,
                 )
                 seal(directory, manifest, known)
+            remember_sealed(self.config.artifact_dir, Contents.at(self.config.contents))
         self.barrier()
 
 

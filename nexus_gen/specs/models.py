@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from nexus_gen.specs.artifact import MANIFEST, Manifest
+from nexus_gen.specs.content import CONTENTS
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, LanguageGeometry, VisionGeometry
 from nexus_gen.specs.shapes import target_tokens
@@ -206,6 +207,12 @@ def default_run() -> Path:
 def results_of(run: Path) -> Path:
     """Where a page or scores of a run go unless said otherwise: into it, but what ships stays as it is."""
     return runs_dir() / run.name if run.resolve() == SHIPPED_RUN.resolve() else run
+
+
+def memory_of(run: Path) -> Path | None:
+    """The memory of what files hold for commands on a run; None for a run that ships, to which nothing is added."""
+    where = results_of(run)
+    return None if (where / MANIFEST).is_file() else where / CONTENTS
 
 
 def runs_dir() -> Path:

@@ -34,3 +34,33 @@ def test_values_are_read_again_only_when_files_or_key_changed(tmp_path: Path, mo
     file.write_text("a c d")
     assert ask("other") == ("acd", 6)
     assert [path.name for path in tmp_path.iterdir() if path not in (file, memory)] == []
+
+
+def test_a_dataset_that_is_a_directory_changes_with_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.memory.SETTLED_NS", 0)
+    dataset, readings = tmp_path / "dataset", []
+    (dataset / "sub").mkdir(parents=True)
+
+    def ask() -> int:
+        list(remembered(tmp_path / "memory", "key", [dataset], lambda: readings.append(1) or ["row"]))
+        return len(readings)
+
+    (dataset / "sub" / "1.txt").write_text("a caption")
+    assert [ask(), ask()] == [1, 1]
+    (dataset / "sub" / "1.txt").write_text("another caption")
+    assert [ask(), ask()] == [2, 2]
+    (dataset / "sub" / "2.txt").write_text("a caption")
+    assert [ask(), ask()] == [3, 3]
+    (dataset / "sub" / "1.txt").unlink()
+    assert [ask(), ask()] == [4, 4]
+
+
+def test_where_nothing_can_be_written_values_are_read_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.memory.SETTLED_NS", 0)
+    file, no_directory = tmp_path / "rows", tmp_path / "run"
+    file.write_text("a")
+    no_directory.touch()  # whoever runs the tests may write into read-only directories
+    for _ in range(2):
+        assert list(remembered(no_directory / "memory", "key", [file], lambda: ["row"])) == ["row"]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nexus_gen.specs.artifact import Manifest, fingerprint_inside, seal
+from nexus_gen.specs.artifact import Manifest, fingerprint_inside, fingerprint_path, seal
 from nexus_gen.specs.lineage import Part, evaluations_of
 
 SCORES = {"understanding/overall": {"value": 0.5, "low": 0.4, "high": 0.6, "count": 10}}
@@ -35,3 +35,30 @@ def test_scores_of_other_weights_are_told_apart(tmp_path: Path) -> None:
     current, stale = evaluations_of(tmp_path, parts[:1])
     assert [evaluation.split for evaluation in current] == ["answers"]
     assert [path.name for path in stale] == ["both", "earlier"]
+
+
+def test_scores_of_weights_that_were_changed_in_place_are_stale(tmp_path: Path) -> None:
+    model = artifact(tmp_path / "pretrain" / "artifact", "ar_checkpoint", {}, steps=1)
+    inputs = {"rows": "r", "autoregressive": str(fingerprint_inside(model))}
+    artifact(tmp_path / "evaluation" / "answers", "evaluation", inputs, scores=SCORES)
+    parts = [Part("autoregressive", model, None)]
+    assert evaluations_of(tmp_path, parts)[1] == []
+    (model / "weights").write_text("others")
+    current, stale = evaluations_of(tmp_path, parts)
+    assert (current, [path.name for path in stale]) == ([], ["answers"])
+
+
+def test_files_without_a_manifest_and_the_autoencoder_count_by_content(tmp_path: Path) -> None:
+    decoder, flux = tmp_path / "edit_decoder.safetensors", tmp_path / "FLUX.1-dev"
+    flux.mkdir()
+    (flux / "ae.safetensors").write_text("one")
+    decoder.write_text("one")
+    inputs = {"rows": "r", "editing_decoder": fingerprint_path(decoder), "flux": fingerprint_path(flux)}
+    artifact(tmp_path / "evaluation" / "edits", "evaluation", inputs, scores=SCORES)
+    parts = [Part("editing_decoder", decoder, None)]
+    assert [evaluation.split for evaluation in evaluations_of(tmp_path, parts, flux)[0]] == ["edits"]
+    (flux / "ae.safetensors").write_text("two")
+    assert evaluations_of(tmp_path, parts, flux)[0] == [] and len(evaluations_of(tmp_path, parts)[0]) == 1
+    (flux / "ae.safetensors").write_text("one")
+    decoder.write_text("two")
+    assert evaluations_of(tmp_path, parts, flux)[0] == []

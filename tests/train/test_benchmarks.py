@@ -1,5 +1,6 @@
 """What benchmarks' files say, and the layout that their scripts read. Painting is tested in tests/test_evaluate.py."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -8,8 +9,8 @@ from PIL import Image
 
 from data.shapes import DEFAULTS, draw_rows
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.models import SHIPPED_RUN
-from train.benchmarks import read_edits, read_prompts
+from nexus_gen.specs.models import SHIPPED_RUN, ModelPaths
+from train.benchmarks import read_edits, read_prompts, require_same
 from train.scoring import TAGS
 
 
@@ -98,3 +99,26 @@ def test_broken_edits_are_named(text: str, sentence: str, tmp_path: Path) -> Non
     (tmp_path / "edits.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=sentence):
         read_edits(tmp_path / "edits.json", tmp_path)
+
+
+def test_pictures_of_other_models_or_settings_are_not_added_to(tmp_path: Path) -> None:
+    for name in ("qwen", "flux"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("one")
+    (tmp_path / "decoder").write_text("one")
+    paths = ModelPaths(tmp_path / "qwen", 1, "generation_decoder", tmp_path / "decoder", tmp_path / "flux")
+
+    def begin(seed: int = 42) -> None:
+        output = tmp_path / "output"
+        require_same(
+            argparse.Namespace(run=tmp_path, output=output, seed=seed, num_inference_steps=None, cfg_scale=1.0), paths
+        )
+
+    begin()
+    begin()
+    with pytest.raises(UserError, match="were painted with another seed; give --output with an empty"):
+        begin(seed=1)
+    (tmp_path / "decoder").write_text("two")
+    (tmp_path / "flux" / "weights").write_text("two")
+    with pytest.raises(UserError, match="were painted with another decoder, flux;"):
+        begin()

@@ -21,6 +21,8 @@ from data.shards_commands import main
 from nexus_gen.ar_checkpoint import load_autoregressive, save_autoregressive
 from nexus_gen.specs.artifact import Manifest, verify
 from nexus_gen.specs.errors import UserError
+from train.embed import EmbedEditingStage, EmbedGenerationStage
+from train.schemas.run_directory import require_artifact
 from train.schemas.stages import EmbedStageConfig
 
 pytestmark = pytest.mark.slow
@@ -215,6 +217,30 @@ def test_bad_pictures_are_named_counted_and_stop_the_stage_past_the_rate(changed
     ranks[0].join(120)
     log = (strict.run_dir / "log" / "rank_0").read_text(encoding="utf-8")
     assert ranks[0].exitcode == 1 and "1 rows could not be embedded, more than the 0.2" in log
+
+
+def test_a_shard_with_other_bytes_of_the_same_size_is_not_taken_over(changed: EmbedStageConfig) -> None:
+    everything = NUM_TRAIN + NUM_HELDOUT
+    shard = changed.artifact_dir / "train" / "000001.tar"
+    content = bytearray(shard.read_bytes())
+    place = index_shard(shard)[1]["safetensors"]
+    content[place[0] + place[1] - 9] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"000001\.tar differs from its manifest; .*`nexus-gen shards repair"):
+        require_artifact(changed)  # so `nexus-gen run` does not skip it
+    runs.write_picture(Path(changed.data.train).parent / "train15.png", seed=1)  # of another shard
+    assert to_embed(runs.run(changed)) == (1, everything - 1, 0)
+    assert main(["verify", str(changed.artifact_dir)]) == 0
+    log = (changed.run_dir / "log" / "rank_0").read_text(encoding="utf-8")
+    assert "sample 1 of" in log and "is damaged and will be embedded again" in log
+
+
+def test_a_raised_version_embeds_all_again(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, _ = whole
+    kind = EmbedEditingStage if stage.stage == "embed_editing" else EmbedGenerationStage
+    before = kind(stage).recipe()
+    monkeypatch.setattr(type(stage), "numerics", stage.numerics + 1)
+    assert kind(stage).recipe() == {**before, "code": before["code"] + 1}
 
 
 @pytest.mark.parametrize("task", ["generation", "editing"])

@@ -58,6 +58,8 @@ def test_gains_are_of_the_evaluation_on_the_same_rows(tmp_path: Path) -> None:
     # Of several on these rows the one that asks the same.
     evaluation(b.with_name("aa"), "r1", {**CONFIG, "num": 3}, understanding_overall=few)
     assert gains_of(tmp_path / "run", before)[0].after[0] == "95.0%"
+    with pytest.raises(UserError, match=r"b is of other weights than .*run holds now; nexus-gen evaluate"):
+        gains_of(tmp_path / "run", before, stale=[b, b.with_name("aa")])
     evaluation(b, "r1", {**CONFIG, "seed": 1, "editor": "x"}, understanding_overall=most)
     evaluation(b.with_name("aa"), "r1", {**CONFIG, "seed": 1}, understanding_overall=few)
     with pytest.raises(UserError, match="differ in seed; evaluate both alike"):

@@ -1,25 +1,23 @@
 """Reading config dataclasses: which keys there are, plain values into a typed config, fingerprints."""
 
+import contextlib
 import dataclasses
 import functools
-import os
 import re
 import typing
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from nexus_gen.specs.artifact import digest, fingerprint_inside, hash_file
+from nexus_gen.specs.artifact import fingerprint_path
+from nexus_gen.specs.content import Contents
 from nexus_gen.specs.errors import UserError, nearest
 from nexus_gen.specs.numbers import not_finite
 from train.schemas.common import PATH
 from train.schemas.stages import SCHEMAS, StageConfig
-
-_SAMPLED_BYTES = 1 << 20  # of large files, the two ends and the size stand for the whole
 
 
 def walk_types(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, tuple[str, ...]]]:
@@ -138,30 +136,12 @@ def fingerprint_values(config: StageConfig) -> dict[str, Any]:
 
 
 def input_fingerprints(config: StageConfig) -> dict[str, str]:
-    """Role -> fingerprint of what the stage reads."""
-    return {role: fingerprint_path(where) for role, where in config.inputs().items()} | config.content_fingerprints()
-
-
-def fingerprint_path(where: Path) -> str:
-    """An artifact's own fingerprint for anything inside one; else a hash of names, sizes and contents."""
-    if (inside := fingerprint_inside(where)) is not None:
-        return inside
-    if where.is_file():
-        return _fingerprint_file(where)
-    return digest(
-        [
-            [path.relative_to(where).as_posix(), _fingerprint_file(path)]
-            for path in sorted(where.rglob("*"))
-            if path.is_file()
-        ]
-    )
-
-
-def _fingerprint_file(path: Path) -> str:
-    size = path.stat().st_size
-    if size <= 2 * _SAMPLED_BYTES:
-        return hash_file(path)
-    with open(path, "rb") as file:
-        head = file.read(_SAMPLED_BYTES)
-        file.seek(-_SAMPLED_BYTES, os.SEEK_END)
-        return digest([size, head.hex(), file.read().hex()])
+    """Role -> fingerprint of what the stage reads. Raises UserError for what is not as its artifact's manifest says."""
+    contents = Contents.at(config.contents)
+    with contextlib.suppress(OSError):  # where it cannot be made, nothing is remembered
+        config.contents.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        found = {role: fingerprint_path(where, contents) for role, where in config.inputs().items()}
+    finally:
+        contents.save()
+    return found | config.content_fingerprints()

@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
-from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
+from nexus_gen.specs.artifact import MANIFEST, Manifest, require_whole, write_text_atomic
+from nexus_gen.specs.content import Contents
 from nexus_gen.specs.errors import UserError
+from train.schemas.earlier import accepts, completed, say_accepted
 from train.schemas.failures import forget_failures
 from train.schemas.fields import as_yaml, counted_keys, fingerprint_values, input_fingerprints, keys, path_values, typed
 from train.schemas.stages import SCHEMAS, StageConfig
@@ -54,8 +56,12 @@ def code_version() -> dict[str, Any]:
 
 
 def identity(config: StageConfig) -> dict[str, Any]:
-    """What decides what a stage makes: its values, and the fingerprints of its inputs. Reads the inputs."""
-    return {"config": fingerprint_values(config), "inputs": input_fingerprints(config)}
+    """What decides what a stage makes: its values, the fingerprints of its inputs, the version of what it computes.
+
+    Reads the inputs. Raises UserError for what is not as its artifact's manifest says.
+    """
+    inputs = input_fingerprints(config)
+    return {"config": fingerprint_values(config), "inputs": inputs, "numerics": config.numerics}
 
 
 def created_at(config: StageConfig) -> str:
@@ -64,14 +70,36 @@ def created_at(config: StageConfig) -> str:
 
 
 def made_by(config: StageConfig, wanted: dict[str, Any]) -> bool:
-    """Whether the stage's artifact has this identity and no from=... waits for another one."""
-    if not created_at(config):
+    """Whether the stage's artifact has this identity, the one of now, and no from=... waits for another one."""
+    made = recorded(config)
+    if made is None or waits_for_another(config):
         return False
+    return made == wanted or accepts(config, created_at(config), made, wanted)
+
+
+def recorded(config: StageConfig) -> dict[str, Any] | None:
+    """The identity of the stage's artifact; None where there is none, or not all of one."""
+    if not created_at(config):
+        return None
     made = Manifest.load(config.artifact_dir)
     if made.details.get("lost"):  # by `shards repair`, which said so; only the stage can make it again
-        return False
-    found = {"config": with_added(made.config, counted_keys(config.stage)), "inputs": made.inputs}
-    return found == wanted and not waits_for_another(config)
+        return None
+    values = with_added(made.config, counted_keys(config.stage))
+    return {"config": values, "inputs": made.inputs, "numerics": made.numerics}
+
+
+def is_finished(config: StageConfig) -> bool:
+    """Whether the latest try has made the artifact that is there, and no from=... waits for another one."""
+    return recorded(config) == checkpoints_identity(config) and not waits_for_another(config)
+
+
+def require_artifact(config: StageConfig) -> None:
+    """UserError unless the files of the stage's artifact are those that it made."""
+    contents = Contents.at(config.contents)
+    try:
+        require_whole(config.artifact_dir, Manifest.load(config.artifact_dir), contents)
+    finally:
+        contents.save()
 
 
 def waits_for_another(config: StageConfig) -> bool:
@@ -93,7 +121,7 @@ def forget_request(run: Path) -> None:
 
 def request_another(config: StageConfig) -> None:
     """Record from=STAGE, so that it is gone on with after an interruption; so is a try that is unfinished now."""
-    if made_by(config, checkpoints_identity(config)):
+    if is_finished(config):
         forget_try(config)
     request = {"stage": config.stage, "replaces": created_at(config)}
     write_text_atomic(config.run_dir.parent / REQUEST, json.dumps(request))
@@ -105,7 +133,7 @@ def checkpoints_identity(config: StageConfig) -> dict[str, Any]:
     if not path.is_file():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
-    return {**found, "config": with_added(found["config"], counted_keys(config.stage))}
+    return {"numerics": 1, **found, "config": with_added(found["config"], counted_keys(config.stage))}
 
 
 def forget_try(config: StageConfig) -> None:
@@ -128,15 +156,17 @@ def prepare(config: StageConfig, wanted: dict[str, Any]) -> Path:
     (config.run_dir / "log").mkdir(parents=True, exist_ok=True)
     forget_failures(config.run_dir / "log")
     checkpoints = config.run_dir / CHECKPOINTS
-    if checkpoints.exists():
-        earlier = checkpoints_identity(config)
-        if made_by(config, earlier) or not config.resume:
+    if checkpoints.exists() and any(checkpoints.iterdir()):
+        if is_finished(config) or not config.resume:
             forget_try(config)
-        elif earlier != wanted and not config.reuses_by_content:
-            raise UserError(
-                f"{checkpoints} belong to an unfinished try with another {difference(earlier, wanted)}; "
-                "restore that, give resume=false to start over, or another name=..."
-            )
+        elif (earlier := checkpoints_identity(config)) != wanted and not config.reuses_by_content:
+            earlier, accepted = completed(config, earlier, wanted)
+            if earlier != wanted:
+                raise UserError(
+                    f"{checkpoints} belong to an unfinished try with another {difference(earlier, wanted)}"
+                    f"{changed_pictures(config)}; restore that, give resume=false to start over, or another name=..."
+                )
+            say_accepted(config, accepted, "resume=false")
     checkpoints.mkdir(exist_ok=True)
     write_text_atomic(checkpoints / IDENTITY, json.dumps(wanted, indent=1))
     write_text_atomic(config.run_dir / "environment.json", json.dumps(code_version(), indent=1))
@@ -202,3 +232,13 @@ def difference(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -
         elif old != new:
             names.append(f"{prefix}{name}".removeprefix("config."))
     return ", ".join(filter(None, names))
+
+
+def changed_pictures(config: StageConfig) -> str:
+    """How many pictures are seen to have changed since the latest try began, and the first; empty when none is."""
+    identity_file = config.run_dir / CHECKPOINTS / IDENTITY
+    since = identity_file.stat().st_mtime_ns if identity_file.is_file() else 0
+    contents = Contents.at(config.contents)
+    names = dict.fromkeys(name for of_split in config.pictures().values() for name in of_split)
+    changed = contents.changed_since(names, since)
+    return f" (pictures that changed: {len(changed)}, the first is {changed[0]})" if changed else ""

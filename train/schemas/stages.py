@@ -4,18 +4,20 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from data.dataset_files import is_pattern
-from data.embedding_plan import HASHES, ROWS, PictureHashes, SplitRows
+from data.embedding_plan import ROWS, SplitRows
 from data.mixture import check_dataset, load_mixture
+from data.pictures import PictureHashes, fingerprint_pictures, named_pictures
 from data.quarantine import LeftOut
 from data.shapes import ShapesConfig
 from data.shards import EMBED_DTYPES, ShardSpec, require_global_batch
 from nexus_gen.specs.artifact import Manifest
+from nexus_gen.specs.content import CONTENTS
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.fit import require_autoregressive, require_vae
 from nexus_gen.specs.geometry import (
@@ -56,6 +58,8 @@ from train.schemas.initial_decoder import require_initial_decoder
 
 log = logging.getLogger(__name__)
 
+PICTURES = "pictures_{split}.jsonl"  # the pictures that the rows of a split name
+
 
 @dataclass
 class StageConfig:
@@ -72,6 +76,9 @@ class StageConfig:
     runs_dir: PathStr
 
     kind: ClassVar[str]  # the artifact that the stage makes
+    # Version of what the stage computes. Raise a stage's own, by hand, when a change of the code makes other results of
+    # the same config and inputs, and only then: everybody's artifacts of that stage are made again.
+    numerics: ClassVar[int] = 1
     trains: ClassVar[bool] = False  # has steps, checkpoints and metrics
     reuses_by_content: ClassVar[bool] = False  # looks up by content what earlier tries made, whatever their config
 
@@ -107,9 +114,33 @@ class StageConfig:
         """Role -> the file or directory that this stage reads."""
         return self.rows()
 
+    @property
+    def contents(self) -> Path:
+        """The memory of what files hold, which all stages of a run share."""
+        return Path(self.runs_dir) / self.name / CONTENTS
+
+    def pictures(self) -> dict[str, Iterable[str]]:
+        """Role -> names of the pictures that rows among `inputs` name."""
+        data: Any = getattr(self, "data", None)
+        if not isinstance(data, TrainRowsConfig):
+            return {}
+        left_out = data.left_out()
+        return {
+            f"pictures.{split}": named_pictures(
+                Path(getattr(data, split)),
+                left_out,
+                self.run_dir / PICTURES.format(split=split),
+                data.picture_root,
+            )
+            for split in data.splits
+        }
+
     def content_fingerprints(self) -> dict[str, str]:
-        """Role -> fingerprint of what the stage reads beyond `inputs`, such as the pictures that rows name."""
-        return {}
+        """Role -> fingerprint of what the stage reads beyond `inputs`: the pictures that rows name."""
+        hashes = PictureHashes(self.contents)
+        found = {role: fingerprint_pictures(names, hashes) for role, names in self.pictures().items()}
+        hashes.contents.save()
+        return found
 
     def preflight(self) -> None:
         """Read the inputs far enough to refuse broken ones in seconds; no torch, no weights."""
@@ -328,6 +359,7 @@ class EmbedStageConfig(StageConfig):
     embed: EmbedConfig
 
     kind: ClassVar[str] = "embedding_shards"
+    numerics: ClassVar[int] = 2  # 2: pictures are converted to sRGB by their profile
     reuses_by_content: ClassVar[bool] = True
     task: ClassVar[str]
 
@@ -352,7 +384,7 @@ class EmbedStageConfig(StageConfig):
 
     def read_splits(self) -> list[SplitRows]:
         """The rows of both splits with what their pictures hold; only new or changed pictures are read for it."""
-        hashes, left_out = PictureHashes(self.run_dir / HASHES), self.data.left_out()
+        hashes, left_out = PictureHashes(self.contents), self.data.left_out()
         splits = [
             SplitRows.read(
                 split,
@@ -366,7 +398,7 @@ class EmbedStageConfig(StageConfig):
             )
             for split in self.data.splits
         ]
-        hashes.save()
+        hashes.contents.save()
         return splits
 
     def content_fingerprints(self) -> dict[str, str]:
@@ -656,8 +688,7 @@ def read_ahead(config: StageConfig) -> None:
             for split in data.splits:
                 bad = getattr(data, "max_bad_fraction", 0.0)
                 check_dataset(getattr(data, split), bad, data.left_out(), data.picture_root)
-        if isinstance(config, EmbedStageConfig):
-            config.read_splits()
+        config.content_fingerprints()
 
 
 def require_checkpoint(key: str, directory: str | os.PathLike[str]) -> dict[str, Any]:
