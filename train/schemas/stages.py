@@ -77,7 +77,8 @@ class StageConfig:
 
     kind: ClassVar[str]  # the artifact that the stage makes
     # Version of what the stage computes. Raise a stage's own, by hand, when a change of the code makes other results of
-    # the same config and inputs, and only then: everybody's artifacts of that stage are made again.
+    # the same config and inputs, and only then: everybody's artifacts of that stage are made again. It was not raised
+    # when embedded colour profiles came to be applied, which changes nothing for pictures in sRGB.
     numerics: ClassVar[int] = 1
     trains: ClassVar[bool] = False  # has steps, checkpoints and metrics
     reuses_by_content: ClassVar[bool] = False  # looks up by content what earlier tries made, whatever their config
@@ -359,7 +360,6 @@ class EmbedStageConfig(StageConfig):
     embed: EmbedConfig
 
     kind: ClassVar[str] = "embedding_shards"
-    numerics: ClassVar[int] = 2  # 2: pictures are converted to sRGB by their profile
     reuses_by_content: ClassVar[bool] = True
     task: ClassVar[str]
 
