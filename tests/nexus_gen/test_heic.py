@@ -1,19 +1,32 @@
 """HEIC, the format of phones: read where the extra is installed, named with its remedy where it is not."""
 
-import importlib.util
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
+from nexus_gen.specs import images
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import EncodedImage, open_image, open_size
 
 HEADS = [b"\0\0\0\x1cftyp" + brand + b"\0\0\0\0mif1heic" for brand in (b"heic", b"heix", b"mif1")]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pillow_heif") is not None, reason="pillow-heif is installed")
+@pytest.fixture
+def without_the_extra(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where pillow-heif is not installed."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    images._formats.cache_clear()
+    yield
+    images._formats.cache_clear()
+
+
+@pytest.mark.usefixtures("without_the_extra")
 @pytest.mark.parametrize("head", HEADS)
 def test_without_the_extra_the_error_names_it(head: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.heic"
@@ -27,7 +40,6 @@ def test_without_the_extra_the_error_names_it(head: bytes, tmp_path: Path) -> No
 
 
 def test_with_the_extra_it_is_read(tmp_path: Path) -> None:
-    pillow_heif = pytest.importorskip("pillow_heif")
     pixels = np.full((32, 48, 3), (200, 30, 60), dtype=np.uint8)
     path = tmp_path / "a.HEIC"
     pillow_heif.from_pillow(Image.fromarray(pixels)).save(path)
