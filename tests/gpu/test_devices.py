@@ -40,7 +40,8 @@ def test_every_stage_on_any_number_of_gpus(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_more_processes_than_gpus_are_refused_before_anything_starts(tmp_path: Path) -> None:
     number = torch.cuda.device_count() + 1
-    ended = nexus_gen(*run_arguments(tmp_path / "run", "pipeline=tiny", f"launch.processes_per_node={number}"))
+    batch = ("trainer.micro_batch_size=1", f"trainer.global_batch_size={number}")
+    ended = nexus_gen(*run_arguments(tmp_path / "run", "pipeline=tiny", *batch, f"launch.processes_per_node={number}"))
     assert ended.returncode == 2
     assert f"launch.processes_per_node is {number} and torch sees {number - 1} GPU" in ended.stderr
     assert not (tmp_path / "run").exists()
