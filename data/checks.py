@@ -13,7 +13,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from data.messages import Row
-from data.stored_pictures import path_in_words
+from data.stored_pictures import not_there
 from data.token_lengths import Length, Size, TokenLengths
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import MAX_ASPECT, EncodedImage, StoredImage, open_image, open_size, read_image_bytes
@@ -98,8 +98,7 @@ def _inspect_file(path: str, level: str, by_content: bool) -> Picture:
 def _inspect(source: StoredImage, level: str, by_content: bool) -> Picture:
     name_hash = hash64(str(source).encode("utf-8", "surrogatepass"))
     if level != "none" and isinstance(source, Path) and not os.path.exists(source):
-        problem = f"picture {path_in_words(source)} does not exist"
-        return Picture(name_hash, name_hash, None, (("missing_picture", problem),))
+        return Picture(name_hash, name_hash, None, (("missing_picture", not_there(source)),))
     if level in ("none", "exists"):
         return Picture(name_hash, name_hash, None, ())
     identity = name_hash

@@ -5,7 +5,7 @@ A converter changes the form only. What it makes is checked as every row is, so 
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from data.quotes import brief
@@ -20,8 +20,12 @@ from nexus_gen.specs.prompts import (
 )
 
 Values = dict[str, Any]
+# How a text begins that holds messages, and not a prompt in brackets; Python's own quotes too, which are no JSON.
+MESSAGES_TEXT = re.compile(r"\s*\[\s*[{\]]")
+PATHS_TEXT = re.compile(r"""\s*(?:$|\[\s*(?:["'{\]]|null))""")  # and one that holds a list of pictures, or none
 # ShareGPT's names of the speakers, and the developer of newer OpenAI rows; any other stays, to be named as an error.
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "developer": "system"}
+TEXT_PARTS = ("text", "input_text", "output_text")  # the latter two and `input_image` are of OpenAI's responses
 AUTO = "auto"
 
 
@@ -34,9 +38,13 @@ class ConversionError(ValueError):
 
 
 def from_messages(values: Values) -> Values:
-    """The published format; Parquet files and others may hold the messages as JSON text, and a single `image`."""
-    rest = _rest(values, "messages")
-    return rest | {"messages": _parsed(values["messages"])} if "messages" in values else rest
+    """The published format; Parquet files and others may hold the messages as JSON text, and a single `image`.
+
+    As in the other formats of chats, a `system` prompt may stand apart.
+    """
+    if "messages" not in values:
+        return _rest(values)
+    return _rest(values, "messages", "system") | {"messages": _after_system(values, _parsed(values["messages"]))}
 
 
 def from_sharegpt(values: Values) -> Values:
@@ -48,9 +56,7 @@ def from_sharegpt(values: Values) -> Values:
         {"role": _role(turn.get("from", turn.get("role"))), "content": turn.get("value", turn.get("content"))}
         for turn in turns
     ]
-    if values.get("system"):
-        messages.insert(0, {"role": "system", "content": values["system"]})
-    return _rest(values, "conversations", "system") | {"messages": messages}
+    return _rest(values, "conversations", "system") | {"messages": _after_system(values, messages)}
 
 
 def from_openai(values: Values) -> Values:
@@ -59,7 +65,7 @@ def from_openai(values: Values) -> Values:
     Parts {type: image} without a picture of their own take those of `images` or `image`, in order.
     """
     parts_of = [_parsed(message) for message in _parsed(values["messages"])]
-    rest = _rest(values, "messages")
+    rest = _rest(values, "messages", "system")
     images: list[Any] = []
     messages: list[Values] = []
     num_tags = 0  # that stand in the words of parts already
@@ -81,7 +87,7 @@ def from_openai(values: Values) -> Values:
         if rest.get("images") or len(own) < len(images):
             raise ConversionError("images", "pictures both among the parts of messages and in images; keep one")
         rest["images"] = own
-    return rest | {"messages": messages}
+    return rest | {"messages": _after_system(values, messages)}
 
 
 def from_prompt(values: Values) -> Values:
@@ -89,7 +95,7 @@ def from_prompt(values: Values) -> Values:
     messages = []
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         said = values[key]
-        if isinstance(said, str) and not said.lstrip().startswith("["):
+        if isinstance(said, str) and not MESSAGES_TEXT.match(said):
             said = [{"role": role, "content": said}]
         said = _parsed(said)
         messages += said if isinstance(said, list) else [said]
@@ -101,17 +107,18 @@ def from_query(values: Values) -> Values:
     history = _parsed(values["history"]) if values.get("history") else []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise ConversionError("messages", "history must be a list of [query, response]")
-    messages = [{"role": "system", "content": values["system"]}] if values.get("system") else []
+    messages = []
     for query, response in (*history, (values["query"], values["response"])):
         messages += [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
-    return _with_tags(_rest(values, "query", "response", "history", "system") | {"messages": messages})
+    rest = _rest(values, "query", "response", "history", "system")
+    return _with_tags(rest | {"messages": _after_system(values, messages)})
 
 
 def from_captions(values: Values) -> Values:
     """{image, caption | captions | text} -> paint what the caption says. captions: a list, or lists by label."""
     values = with_pictures(values)
     used = next((key for key in CAPTION_KEYS if key in values), "caption")
-    texts = values[used]
+    texts = _given(values[used], used, "write what the picture shows")
     language = _language(values, texts)
     template = GENERATION_PROMPT[language]
     return _rest(values, used, "language") | {
@@ -125,7 +132,10 @@ def from_captions(values: Values) -> Values:
 def from_edits(values: Values) -> Values:
     """{source_image, target_image, instruction | instructions} -> edit the one into the other."""
     used = "instructions" if "instructions" in values else "instruction"
-    instructions = values.get(used)
+    instructions = _given(values[used], used, "write what to change")
+    for key in ("source_image", "target_image"):
+        if is_empty(values[key]):
+            raise ConversionError("images", f"{key} is empty; give its path, or take the row out")
     return _without(values, used, "source_image", "target_image", "language") | {
         "images": [values["source_image"], values["target_image"]],
         "messages": [
@@ -179,16 +189,27 @@ def known_form(values: Values, has_pictures: bool = False) -> str | None:
     return "captions" if "text" in given and has_pictures else None
 
 
-def convert(values: Values, row_format: str = AUTO, has_pictures: bool = False) -> Values:
-    """The row in our format. row_format: a key of CONVERTERS, or `auto` to detect it. Raises ConversionError.
-
-    has_pictures: whether pictures stand beside the row, as in tars.
-    """
-    name = known_form(values, has_pictures) or "messages" if row_format == AUTO else row_format
+def convert(values: Values, form: str, empty: Collection[str] = ()) -> Values:
+    """The row in our format. form: a key of CONVERTERS. empty: keys that were null. Raises ConversionError."""
     try:
-        return CONVERTERS[name](values)
+        return CONVERTERS[form](values)
     except KeyError as error:
-        raise ConversionError("key", f"a row of format {name} needs {error.args[0]!r}") from error
+        key = error.args[0]
+        raise ConversionError(
+            "key", _needed(form, key) if key in empty else f"a row of format {form} needs {key!r}"
+        ) from error
+
+
+def empty_key(values: Values, empty: Collection[str], has_pictures: bool) -> str:
+    """What to say of a row that would have a format if one of its keys were not null; empty for other rows."""
+    for key in sorted(empty):
+        if form := known_form({**values, key: ""}, has_pictures):
+            return _needed(form, key)
+    return ""
+
+
+def _needed(form: str, key: str) -> str:
+    return f"{key!r}, which a row of format {form} needs, is empty; give it, or take the row out"
 
 
 def nearest_form(values: Values) -> str:
@@ -219,18 +240,48 @@ def _without(values: Values, *keys: str) -> Values:
 def _rest(values: Values, *without: str) -> Values:
     """What a converter passes on, with a single `image` as `images`."""
     rest = _without(values, *without)
-    if isinstance(images := rest.get("images"), str) and (not images or images.lstrip().startswith("[")):
-        rest["images"] = _parsed(images or "null")
-    if rest.get("images") is None and "image" in rest:
-        image = rest.pop("image")
-        images = [one for one in (image if isinstance(image, list) else [image]) if not is_empty(one)]
-        rest |= {"images": images} if images else {}
-    return rest
+    one, several = (_paths(rest.pop(key, None)) for key in ("image", "images"))
+    if several is None and one is not None:
+        several = [image for image in one if not is_empty(image)] or None
+    elif one is not None:
+        rest["image"] = values["image"]  # a key of the row's own
+    return rest if several is None else rest | {"images": several}
+
+
+def _paths(images: Any) -> list[Any] | None:
+    """What a column of pictures holds: several, one alone, either as JSON text, or none."""
+    if isinstance(images, str) and PATHS_TEXT.match(images):
+        images = _parsed(images.strip() or "null", "images")
+    return images if isinstance(images, list) or images is None else [images]
+
+
+def _after_system(values: Values, messages: Any) -> Any:
+    """The messages, behind the system prompt that stands apart from them."""
+    if not values.get("system") or not isinstance(messages, list):
+        return messages
+    if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
+        raise ConversionError("order", "a system prompt both in system and as the first message; keep one")
+    return [{"role": "system", "content": values["system"]}, *messages]
+
+
+def _given(texts: Any, key: str, remedy: str) -> Any:
+    """Texts of a caption or an instruction, nulls of a table left out; ConversionError where none is left."""
+    if isinstance(texts, dict):
+        texts = {label: of_label for label, of_label in texts.items() if of_label is not None}
+    elif isinstance(texts, list):
+        texts = [text for text in texts if text is not None]
+    if not texts or (isinstance(texts, str) and not texts.strip()):
+        raise ConversionError("empty_prompt", f"{key} is empty; {remedy}, or take the row out")
+    return texts
 
 
 def is_empty(image: Any) -> bool:
     """What stands where a row has no picture: null, no text, or Hugging Face's {bytes, path} with neither."""
-    return image is None or image == "" or (isinstance(image, dict) and all(value is None for value in image.values()))
+    return (
+        image is None
+        or image in ("", b"")
+        or (isinstance(image, dict) and all(value is None for value in image.values()))
+    )
 
 
 def _with_tags(values: Values) -> Values:
@@ -247,14 +298,14 @@ def _with_tags(values: Values) -> Values:
     return values
 
 
-def _parsed(value: Any) -> Any:
-    """Parquet columns often hold JSON as text."""
+def _parsed(value: Any, name: str = "messages") -> Any:
+    """Parquet columns often hold JSON as text. name: what errors call it."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except ValueError as error:
-        raise ConversionError("messages", f"messages are text but not JSON ({error})") from error
+        raise ConversionError(name, f"{name} are text but not JSON ({error})") from error
 
 
 def _role(name: Any) -> Any:
@@ -272,10 +323,14 @@ def _is_openai(message: Any) -> bool:
 
 def _part(part: Any, images: list[Any]) -> str:
     """The text of a part of a message; a picture is added to `images` and becomes a tag, None for one from outside."""
+    if isinstance(part, str):
+        return part
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
+    if isinstance(part, dict) and kind is None:  # Qwen's own, which say it by their key
+        kind = next((key for key in ("image", "image_url", "text") if part.get(key) is not None), None)
+    if kind in TEXT_PARTS and isinstance(part.get("text"), str):
         return part["text"]
-    if kind == "image_url":
+    if kind in ("image_url", "input_image"):
         url = part.get("image_url")
         images.append(url.get("url") if isinstance(url, dict) else url)
         return IMAGE_TAG
@@ -295,7 +350,7 @@ def _for_each(template: Callable[[str], str], choices: Any) -> Any:
     if isinstance(choices, list):
         return [_for_each(template, choice) for choice in choices]
     if isinstance(choices, dict):
-        return {label: _for_each(template, choice) for label, choice in choices.items() if choice is not None}
+        return {label: _for_each(template, choice) for label, choice in choices.items()}
     return choices
 
 

@@ -95,6 +95,7 @@ def _of_folder(folder: Path) -> DatasetFiles:
     metadata, arrays, pictures = (of_kind.pop(kind, []) for kind in ("metadata", ".json", "picture"))
     texts, others = of_kind.pop("text", []), of_kind.pop("", [])
     pairs = {os.path.splitext(name)[0] for name in pictures} & {os.path.splitext(name)[0] for name in texts + arrays}
+    arrow = any(name.endswith(".arrow") for name in others)
     if metadata:
         _require_one(folder, Counter({"metadata files": len(metadata)} | {k: len(n) for k, n in of_kind.items()}))
         chosen = metadata
@@ -113,10 +114,9 @@ def _of_folder(folder: Path) -> DatasetFiles:
             f"{folder} holds {len(pictures)} pictures and no captions; write NAME.txt beside each NAME.jpg, or a "
             'metadata.jsonl of {"file_name": ..., "text": ...}'
         )
-    elif arrays:
+    elif arrays and not arrow:
         chosen = arrays
-    else:
-        arrow = any(name.endswith(".arrow") for name in others)
+    else:  # JSON beside Arrow files is what `save_to_disk` writes about them
         remedy = "; datasets.load_from_disk(...).to_parquet(...) writes one of these" if arrow else ""
         raise UserError(f"{folder} holds no rows; a folder of a dataset has {KNOWN}{remedy}")
     _require_one_split(folder, chosen)

@@ -22,11 +22,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.converters import AUTO, KEYS_OF, ConversionError, convert, is_empty, nearest_form
+from data.converters import AUTO, KEYS_OF, ConversionError, convert, empty_key, is_empty, known_form, nearest_form
 from data.notices import Notice, Notices, notices_of
 from data.quotes import brief
 from data.records import Record, RowError, is_picture, open_records, read_records
-from data.stored_pictures import is_unicode, path_in_words, stored_image
+from data.stored_pictures import is_unicode, not_there, stored_image
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import StoredImage, open_image
 from nexus_gen.specs.prompts import CONTROL_TOKENS, IMAGE_TAG, language_of
@@ -183,11 +183,7 @@ class MissingPictures:
             if directory not in self._entries:
                 self._entries[directory] = _entries(directory)
             if name not in self._entries[directory]:
-                problem = (
-                    f"picture {path_in_words(image)} does not exist; paths are relative to the file that names them, "
-                    "or to picture_root"
-                )
-                return RowError(row.where, "missing_picture", problem)
+                return RowError(row.where, "missing_picture", not_there(image))
         return None
 
 
@@ -219,8 +215,10 @@ def _is_slip(key: str, known: str) -> bool:
     return a[1:] == b or a == b[1:] or a[1:] == b[1:] or (a[:2] == b[1::-1] and a[2:] == b[2:])
 
 
-def _without_messages(values: Mapping[str, Any]) -> str:
-    """What to say of a row that is in no format: a key that may be misspelt, or the nearest format."""
+def _without_messages(values: Mapping[str, Any], empty: Collection[str], has_pictures: bool) -> str:
+    """What to say of a row that is in no format: a key that is empty or may be misspelt, or the nearest format."""
+    if problem := empty_key(dict(values), empty, has_pictures):
+        return problem
     lacking = [key for key in ROW_KEYS if key not in values]
     for key in values:
         likely = next(iter(difflib.get_close_matches(key.lower(), lacking, n=1, cutoff=0.75)), None)
@@ -231,7 +229,11 @@ def _without_messages(values: Mapping[str, Any]) -> str:
 
 def _named_pictures(values: Mapping[str, Any], unknown: Collection[str]) -> str:
     """A hint at keys of a row without images that may hold some."""
-    named = [key for key in unknown if isinstance(values[key], str) and is_picture(values[key])]
+
+    def first(value: Any) -> Any:
+        return value[0] if isinstance(value, list) and value else value
+
+    named = [key for key in sorted(unknown) if isinstance(name := first(values[key]), str) and is_picture(name)]
     return f"; call {brief(named[0])} image if it names one" if named else ""
 
 
@@ -251,29 +253,35 @@ def parse_record(record: Record, row_format: str = AUTO) -> Row:
     if empty:  # pandas writes null and NaN where a column has no value
         values = {key: value for key, value in values.items() if key not in empty}
         notices += notices_of("empty_value", frozenset(empty))
+    empty += [notice.about for notice in record.notices if notice.kind == "empty_value"]
+    has_pictures = bool(record.members)
+    form = known_form(values, has_pictures) or "messages" if row_format == AUTO else row_format
     try:
-        values = convert(values, row_format, bool(record.members))
+        values = convert(values, form, empty)
     except ConversionError as error:
         raise refuse(error.kind, str(error)) from error
     unknown = values.keys() - KEYS
     if unknown:
         for key in sorted(unknown):
             meant = _meant(key)
-            found = "messages" in values if meant == "messages" else "images" in values or bool(record.members)
+            found = "messages" in values if meant == "messages" else "images" in values or has_pictures
             if meant and not found:
                 raise refuse("key", f"unknown key {brief(key)}; did you mean '{meant}'?")
         notices += notices_of("ignored_key", frozenset(unknown))
     messages, images = values.get("messages"), values.get("images")
     images = list(record.members) if images is None else images
     if messages is None and row_format == AUTO:
-        problem = _without_messages(values)
+        problem = _without_messages(values, empty, has_pictures)
         raise refuse("key" if problem.startswith("unknown key") else "messages", problem)
     if not isinstance(messages, list) or not messages:
         raise refuse("messages", "no messages; give a list of {role, content}")
-    if isinstance(images, list) and images and all(map(is_empty, images)) and IMAGE_TAG not in str(messages):
+    if images and all(map(is_empty, images)) and IMAGE_TAG not in str(messages):
         images = []  # a text row of a table whose other rows have pictures
-    if not isinstance(images, list) or not all(isinstance(image, str | bytes | dict) and image for image in images):
-        raise refuse("images", "images must be a list of file paths")
+    for number, image in enumerate(images, start=1):
+        if is_empty(image):
+            raise refuse("images", f"image {number} is empty; give its path, or take it out of images")
+        if not isinstance(image, str | bytes | dict):
+            raise refuse("images", f"image {number} is neither a path nor bytes, but {brief(image)}")
     if not isinstance(values.get("truth"), dict | None):
         raise refuse("truth", f"truth is a {type(values['truth']).__name__}; give an object or leave it out")
     choices: list[Choices] = []
@@ -310,6 +318,8 @@ def parse_record(record: Record, row_format: str = AUTO) -> Row:
         if role == "assistant" and not all(text.strip() for text in texts):
             raise refuse("empty_reply", "an assistant message is empty; there is nothing to learn from it")
     num_tags = sum(tags.values())
+    if num_tags != len(images) and form == "captions":
+        raise refuse("placeholders", f"{len(images)} pictures for one caption; give one as image, or take the row out")
     if num_tags != len(images):
         raise refuse(
             "placeholders",

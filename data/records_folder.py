@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.converters import PICTURE_KEYS, with_pictures
-from data.notices import Notice, Notices
+from data.notices import Notice, Notices, notices_of
 from data.packed import Packed
 from data.record import Record, Records
 from data.records_json import JsonLines
@@ -133,8 +133,8 @@ class MetadataTable(_Imagefolder):
     """metadata.csv. Rows are named by the line that they begin on; the whole file is held in memory."""
 
     @cached_property
-    def _rows(self) -> list[tuple[int, dict[str, Any], str | None]]:
-        """Line, values and what is wrong of each row."""
+    def _table(self) -> tuple[list[str], list[tuple[int, dict[str, Any], str | None]]]:
+        """The names of the columns; line, values and what is wrong of each row."""
         csv.field_size_limit(sys.maxsize)  # a cell may hold a picture
         rows: list[tuple[int, dict[str, Any], str | None]] = []
         header: list[str] = []
@@ -157,20 +157,22 @@ class MetadataTable(_Imagefolder):
             except UnicodeDecodeError as error:
                 problem = f"not UTF-8 ({error.reason}); what follows is lost, save the file as UTF-8"
                 rows.append((begins, {}, problem))
-        return rows
+        return header, rows
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._table[1])
 
     @cached_property
     def _indices(self) -> dict[int, int]:
-        return {line: index for index, (line, _, _) in enumerate(self._rows)}
+        return {line: index for index, (line, _, _) in enumerate(self._table[1])}
 
     def find(self, line: int | str) -> int | None:
         return self._indices.get(line) if isinstance(line, int) else None
 
     def __getitem__(self, index: int) -> Record:
-        line, values, problem = self._rows[index]
+        header, rows = self._table
+        line, values, problem = rows[index]
         if problem:
             return self._record(line, None, "csv", problem, raw=repr(values).encode())
-        return self._record(line, values)
+        empty = frozenset(header).difference(values)
+        return self._record(line, values, notices=notices_of("empty_value", empty))

@@ -5,6 +5,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from data.notices import notices_of
 from data.record import Record, Records
 from nexus_gen.specs.errors import UserError
 
@@ -46,8 +47,9 @@ class Parquet(Records):
         rows = _row_group(self.path, group)
         if isinstance(rows, str):
             return self._record(index + 1, None, "parquet", rows)
-        values = {name: value for name, value in rows[index - self._starts[group]].items() if value is not None}
-        return self._record(index + 1, values)
+        row = rows[index - self._starts[group]]
+        values = {name: value for name, value in row.items() if value is not None}
+        return self._record(index + 1, values, notices=notices_of("empty_value", frozenset(row.keys() - values.keys())))
 
 
 @lru_cache(maxsize=ROW_GROUPS_KEPT)

@@ -85,9 +85,13 @@ def decoded(text: str) -> bytes:
     return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
-def path_in_words(path: Path) -> str:
-    """The path of a picture that is not there, unless its name is a text that nobody meant as one."""
-    return str(path) if not BASE64.fullmatch(path.name) else f"{path.parent}/{brief(path.name)}"
+def not_there(path: Path) -> str:
+    """What to say of a picture that does not exist; a name that nobody meant as one is not quoted."""
+    name = str(path) if not BASE64.fullmatch(path.name) else f"{path.parent}/{brief(path.name)}"
+    remedy = "paths are relative to the file that names them, or to picture_root"
+    if "\\" in name:
+        remedy = "write its path with / in place of \\"
+    return f"picture {name} does not exist; {remedy}"
 
 
 def is_unicode(text: str) -> bool:

@@ -202,7 +202,8 @@ def test_nothing_depends_on_the_number_of_workers(tmp_path: Path, monkeypatch: p
         "id": "4",
         "severity": "error",
         "kind": "missing_picture",
-        "reason": f"picture {tmp_path / 'gone.png'} does not exist",
+        "reason": f"picture {tmp_path / 'gone.png'} does not exist; paths are relative to the file that names them, "
+        "or to picture_root",
     }
     assert not list(tmp_path.glob(".*"))
 

@@ -62,6 +62,85 @@ def test_chats_with_an_images_column_become_ours(name: str, values: dict[str, An
         assert [read_image_bytes(image) for image in row.images] == [encoded()]
 
 
+@pytest.mark.parametrize(
+    "images",
+    [
+        "a.png",
+        '["a.png"]',
+        {"bytes": base64_of(encoded()), "path": None},
+        [{"path": "a.png", "bytes": None}],
+    ],
+)
+def test_one_picture_is_a_list_of_one_and_empty_ones_are_none(images: Any, tmp_path: Path) -> None:
+    for values in ({"messages": [ASK, REPLY]}, {"query": "what?", "response": "a cat"}):
+        for key in ("image", "images"):
+            row = only(tmp_path, {**values, key: images})
+            assert [read_image_bytes(image) for image in row.images] == [encoded()]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [{"type": "image"}, "what?"],
+        [{"type": "input_image", "image_url": "a.png"}, {"type": "input_text", "text": "what?"}],
+        [{"image": "a.png"}, {"text": "what?"}],
+        [{"image": "a.png", "text": None}, {"image": None, "text": "what?"}],
+        [{"image_url": {"url": "a.png"}}, "what?"],
+    ],
+)
+def test_parts_of_messages_say_what_they_are_in_several_ways(parts: list[Any], tmp_path: Path) -> None:
+    reply = {"role": "assistant", "content": [{"type": "output_text", "text": "a cat"}]}
+    column = {"images": ["a.png"]} if {"type": "image"} in parts else {}
+    row = only(tmp_path, {"messages": [{"role": "user", "content": parts}, reply], **column})
+    assert row.messages == [ASK, REPLY] and [read_image_bytes(image) for image in row.images] == [encoded()]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"messages": [ASK, REPLY]},
+        {"messages": json.dumps([ASK, REPLY])},
+        {"messages": [PARTS, REPLY]},
+        {"prompt": "what?", "completion": "a cat"},
+        {"query": "what?", "response": "a cat"},
+        {"conversations": [{"from": "human", "value": ASK["content"]}, {"from": "gpt", "value": "a cat"}]},
+    ],
+)
+def test_a_system_prompt_may_stand_apart_in_every_chat(values: dict[str, Any], tmp_path: Path) -> None:
+    row = only(tmp_path, {**values, "images": ["a.png"], "system": "be brief"})
+    assert row.messages == [{"role": "system", "content": "be brief"}, ASK, REPLY] and not row.notices
+    assert only(tmp_path, {**values, "images": ["a.png"], "system": ""}).messages == [ASK, REPLY]
+
+
+def test_two_system_prompts_are_an_error(tmp_path: Path) -> None:
+    values = {"messages": [{"role": "system", "content": "be long"}, *TEXT], "system": "be brief"}
+    with pytest.raises(RowError, match=r"jsonl:1: a system prompt both in system and as the first message; keep one"):
+        only(tmp_path, values)
+
+
+@pytest.mark.parametrize("prompt", ["[1] what?", "[INST] what?", "[what]"])
+def test_a_prompt_in_brackets_is_a_text(prompt: str, tmp_path: Path) -> None:
+    assert only(tmp_path, {"prompt": prompt, "completion": "a cat"}).messages[0]["content"] == prompt
+    for text in ("[{'role': 'user', 'content': 'hi'}]", "[{"):
+        with pytest.raises(RowError, match="messages are text but not JSON"):
+            only(tmp_path, {"prompt": text, "completion": "a cat"})
+
+
+def test_a_path_of_another_system_is_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [ASK, REPLY], "images": ["photos\\a.png"]}) + "\n")
+    assert count_rows(tmp_path / "rows.jsonl", "exists").first.endswith(
+        "does not exist; write its path with / in place of \\"
+    )
+
+
+def test_a_picture_may_be_called_like_a_list(tmp_path: Path) -> None:
+    (tmp_path / "[x]").mkdir()
+    (tmp_path / "[x]/a.png").write_bytes(encoded())
+    assert only(tmp_path, {"messages": [ASK, REPLY], "images": "[x]/a.png"}).images == [tmp_path / "[x]/a.png"]
+    with pytest.raises(RowError, match="images are text but not JSON"):
+        only(tmp_path, {"messages": [ASK, REPLY], "images": "['a.png']"})
+
+
 def test_parts_take_the_pictures_of_the_column_in_order(tmp_path: Path) -> None:
     reply = {"role": "assistant", "content": [{"type": "text", "text": "here: "}, {"type": "image", "image": None}]}
     row = only(tmp_path, {"messages": [PARTS, reply], "images": ["b.png", "a.png"]})
@@ -100,6 +179,10 @@ def test_empty_columns_are_as_good_as_absent(values: dict[str, Any], tmp_path: P
     assert (row.task, row.images, row.id, row.source, row.truth) == ("text", [], "1", "rows", None)
     empty = {key for key, value in values.items() if value is None or value != value}
     assert set(row.notices) == {Notice("empty_value", key) for key in empty}
+    if "captions" not in values:
+        for chat in ({"prompt": "hi", "completion": "a cat"}, {"query": "hi", "response": "a cat"}):
+            row = only(tmp_path, {**chat, **values})
+            assert (row.messages, row.images) == (TEXT, [])
 
 
 def test_nulls_inside_structs_of_parquet_are_absent_too(tmp_path: Path) -> None:
@@ -126,6 +209,22 @@ def test_a_label_without_a_text_is_no_choice(tmp_path: Path) -> None:
     assert only(tmp_path, {"messages": [{"role": "user", "content": content}, REPLY]}).labels == {"short", ""}
 
 
+def test_empty_cells_of_tables_are_said_and_nulls_among_captions_left_out(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {"image": [encoded()] * 2, "captions": [["a cat", None, "one cat"], None], "score": [None, 1.0]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    (tmp_path / "metadata.csv").write_text("file_name,text,score\na.png,a cat,\na.png,,1\n")
+    for name, key in (("rows.parquet", "captions"), ("metadata.csv", "text")):
+        rows = read_rows(tmp_path / name)
+        first = next(rows)
+        assert first.notices == (Notice("empty_value", "score"),) and "a cat" in first.choices[0][""][0]
+        assert len(first.choices[0][""]) == {"captions": 2, "text": 1}[key]
+        with pytest.raises(RowError, match=f"'{key}', which a row of format captions needs, is empty"):
+            next(rows)
+
+
 OWN = ["image_id", "message_count", "imageId", "images_count", "message_ids", "sources", "idx", "_id", "Truth", "ID"]
 
 
@@ -149,6 +248,18 @@ def test_own_keys_are_said_and_nothing_else(key: str, tmp_path: Path) -> None:
         ({"text": "a cat"}, "the nearest format is captions, which also needs 'image'"),
         ({"prompt": "hi", "chosen": "a", "rejected": "b"}, "nearest format is trl, which also needs 'completion'"),
         ({"source_image": "a.png", "instruction": "x"}, "a row of format edits needs 'target_image'"),
+        ({"imgs": ["a.png"], "messages": [ASK, REPLY]}, "call 'imgs' image if it names one"),
+        ({"image": "a.png", "caption": None}, "'caption', which a row of format captions needs, is empty; give it"),
+        ({"image": "a.png", "text": float("nan")}, "'text', which a row of format captions needs, is empty"),
+        ({"messages": None, "images": ["a.png"]}, "'messages', which a row of format messages needs, is empty"),
+        ({"image": "a.png", "caption": " "}, "caption is empty; write what the picture shows"),
+        ({"image": "a.png", "captions": {"short": None, "long": None}}, "captions is empty; write what"),
+        ({"image": None, "caption": "a cat"}, "0 pictures for one caption; give one as image"),
+        ({"image": ["a.png", "b.png"], "caption": "a cat"}, "2 pictures for one caption; give one as image"),
+        ({"source_image": "a.png", "target_image": "b.png", "instruction": None}, "'instruction', which a row of"),
+        ({"source_image": "a.png", "target_image": "b.png", "instruction": ""}, "instruction is empty; write what to"),
+        ({"source_image": "a.png", "target_image": None, "instruction": "x"}, "'target_image', which a row of"),
+        ({"source_image": "", "target_image": "b.png", "instruction": "x"}, "source_image is empty; give its path"),
     ],
 )
 def test_what_is_misspelt_or_lacking_is_named(values: dict[str, Any], sentence: str, tmp_path: Path) -> None:
