@@ -92,6 +92,8 @@ def load_mixture(path: str | os.PathLike[str], picture_root: str | os.PathLike[s
     if path.suffix.lower() not in SUFFIXES:
         found = dataset_files(path)
         return MixtureSpec(path, (Source(str(path), picture_root=root, files=found.files, notices=found.notices),))
+    if not path.exists():
+        raise UserError(f"{path} does not exist; check the path")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

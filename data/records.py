@@ -77,6 +77,8 @@ def _compressed(path: Path, command: str) -> str:
 def _no_dataset(path: Path) -> str:
     """Why a file holds no rows that can be read, and what to do about it."""
     suffix = path.suffix.lower()
+    if not path.exists():
+        return f"{path} does not exist; check the path"
     if suffix in COMPRESSED:
         return _compressed(path, COMPRESSED[suffix][1])
     if suffix == ".arrow":

@@ -19,15 +19,25 @@ NOT_EXACTLY = re.compile(
     r"\b(?:more|less|fewer) than\b|\bat (?:least|most)\b|"
     r"\b(?:over|under|or|not)\b|n't\b|超过|至少|至多|最多|多于|少于|不|没|或"
 )
+SAME_WORDS = {"grey": "gray", "colour": "color", "upper": "top", "lower": "bottom", "center|middle": "centre"}
+VERBS = "is|are|was|were|looks?|seems?|appears?|shows?|depicts?"
 # What a sentence says before and behind its answer.
 LEAD = re.compile(
     r"(?:(?:so|well|hmm|i (?:think|believe|see)(?: that)?|(?:the |my )?(?:final )?answer(?: is\b|:)|"
     r"(?:it|that|this|they)(?:'s| is| are| has)\b|there (?:is|are)\b|"
     r"the (?:colou?r|shape|number|place|position)(?: of (?:the )?[\w ]{1,40}?)? is\b|colou?r:|shape:|"
+    # Any other subject, of a few words and without a denial: "the circle is", "its colour appears to be".
+    r"(?:the|this|that|these|those|its|their)(?: (?!(?:not|no|never|or|and|is|are)\b|\w*n't\b)[\w'’-]+){1,8}? "
+    rf"(?:{VERBS})\b(?: to be\b| as\b)?|(?:it|they) (?:{VERBS})\b(?: to be\b| as\b)?|"
+    r"(?:located|situated|placed|found|colou?red)(?= )|"
     r"(?:at|in|on|to)(?= )|the(?= )|an?(?= ))[\s,:]*|"
-    r"(?:所以|因此|答案[是为:]*|我认为|它们?|这|该物体|物体|颜色|形状|位置|在|位于|图[中里]|是)[\s,:]*(?=.))"
+    r"(?:所以|因此|答案[是为:]*|我认为|[它他她]们?|这|该?物体|颜色|形状|位置|在|位于|图[片像]?[中里]?的?|画面[中里]?的?|是|"
+    r"一[个只条块张种](?=..)|[^,。:;不没非否或还和\W]{1,10}?(?:的(?:颜色|形状|位置))?(?:是|为|呈|位于|在))[\s,:]*(?=.))"
 )
-TAIL = re.compile(r"(?: (?:colou?r|shape|side|corner|part|area))?(?: of (?:the |this )?(?:picture|image|photo))?$")
+TAIL = re.compile(
+    r"(?:, of course)?(?: (?:in )?(?:colou?r|shape|side|corner|part|area))?"
+    r"(?: of (?:the |this )?(?:picture|image|photo))?$"
+)
 CHINESE_TAIL = re.compile(r"(?<=.)(?:[色形]|(?<=[上下左右])[角边面侧方])?的?$")
 
 
@@ -54,7 +64,9 @@ def says_number(words: str) -> float | None:
 
 def settled(words: str) -> str:
     """An answer without the sentence around it: "It is a circle." is "circle", "左上角" is "左上"."""
-    said = re.sub(r"(?<=\w)-(?=\w)", " ", bare(words)).replace("grey", "gray")
+    said = re.sub(r"(?<=\w)-(?=\w)", " ", bare(words))
+    for words, same in SAME_WORDS.items():
+        said = re.sub(rf"\b{words}\b", same, said)
     while (shorter := LEAD.sub("", said, count=1) if LEAD.match(said) else said) != said and shorter:
         said = shorter
     return CHINESE_TAIL.sub("", TAIL.sub("", said), count=1) if len(said) > 1 else said

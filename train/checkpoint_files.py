@@ -7,6 +7,7 @@ checkpoints these are read through.
 import json
 import logging
 import os
+import re
 import shutil
 import zipfile
 import zlib
@@ -94,6 +95,8 @@ def damage_without_listing(directory: Path) -> str | None:
         named = path.read_text(encoding="utf-8", errors="replace").strip()
         if not named or not any((path.parent / named).glob("*.pt")):
             return f"{path.relative_to(directory)} names {named!r}, which is not there"
+        if missing := missing_state(path.parent / named):
+            return f"{missing.relative_to(directory)} is missing"
 
     def damage_of_file(name: str) -> str | None:
         path = directory / name
@@ -114,6 +117,19 @@ def damage_without_listing(directory: Path) -> str | None:
     return first_damage(damage_of_file, sorted(files_of(directory)))
 
 
+def missing_state(directory: Path) -> Path | None:
+    """A file of DeepSpeed's that has to be there and is not: the model's, or that of a rank before the last."""
+    found = [path.name for path in directory.glob("*_states.pt")]
+    if not any(name.endswith("model_states.pt") for name in found):
+        return directory / "mp_rank_00_model_states.pt"
+    matches = [match for name in found if (match := re.fullmatch(r"(.*zero_pp_rank_)(\d+)(_.*)", name))]
+    for before, last, after in (match.groups() for match in matches):
+        for rank in range(int(last)):
+            if not (directory / f"{before}{rank}{after}").is_file():
+                return directory / f"{before}{rank}{after}"
+    return None
+
+
 def first_damage(damage: Callable[[str], str | None], names: Sequence[str]) -> str | None:
     with ThreadPoolExecutor(THREADS) as threads:
         return next((found for found in threads.map(damage, names) if found is not None), None)
@@ -126,8 +142,10 @@ def set_damaged_aside(checkpoints: Sequence[Path], step_of: Callable[[Path], int
     Raises UserError where none is whole: nothing is renamed then.
     """
     damaged: list[tuple[Path, str]] = []
-    for path in reversed(checkpoints):
-        damage = damage_of(path)
+    for number, path in reversed(list(enumerate(checkpoints))):
+        # An earlier version, which wrote none, cannot have followed one that did.
+        lost = not (path / LISTING).exists() and any((earlier / LISTING).exists() for earlier in checkpoints[:number])
+        damage = f"{LISTING} is missing" if lost else damage_of(path)
         if damage is None:
             break
         damaged.append((path, damage))
@@ -148,7 +166,7 @@ def set_damaged_aside(checkpoints: Sequence[Path], step_of: Callable[[Path], int
         log.warning("checkpoint %s is damaged (%s); it is now %s", path, reason, aside.name)
     whole = checkpoints[len(checkpoints) - len(damaged) - 1]
     repeated = step_of(newest) - step_of(whole)
-    log.warning("training resumes from %s and repeats %d steps", whole, repeated)
+    log.warning("training resumes from %s and repeats %d step%s", whole, repeated, "" if repeated == 1 else "s")
 
 
 def forget_damaged(directory: Path) -> None:

@@ -6,6 +6,7 @@ Every process of a stage is started by torchrun, one alone too. Steps are optimi
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -116,8 +117,8 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints that were written to the end, oldest first."""
-    return sorted(path for path in directory.glob("step_*") if path.suffix != PARTIAL)
+    """Checkpoints that were written to the end, oldest first; what people call `step_00000100.bak` is theirs."""
+    return sorted(path for path in directory.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

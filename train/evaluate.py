@@ -15,16 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.messages import Row, read_rows
+from data.dataset_files import is_pattern
+from data.messages import Row
+from data.mixture import read_dataset
+from data.mixture_spec import load_mixture
 from data.pictures import PictureHashes, fingerprint_rows
 from nexus_gen.commands import add_model_arguments
 from nexus_gen.preflight import require_loadable
 from nexus_gen.specs.arguments import Parser
-from nexus_gen.specs.artifact import Manifest, building, fingerprint_path, seal, write_text_atomic
+from nexus_gen.specs.artifact import Manifest, building, digest, fingerprint_path, seal, write_text_atomic
 from nexus_gen.specs.content import Contents
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.framing import Frame
-from nexus_gen.specs.images import open_image
+from nexus_gen.specs.images import StoredImage, open_image
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, flag_of, memory_of, results_of
 from nexus_gen.specs.results import check_result
 from train.benchmarks import batches, noise_seed
@@ -63,7 +66,7 @@ def parser() -> Parser:
     result.add_argument(
         "--split", default="heldout", choices=SPLITS, help="of the run's dataset (default: %(default)s)"
     )
-    result.add_argument("--rows", type=Path, help="a JSONL file of rows with ground truth instead of a split")
+    result.add_argument("--rows", type=Path, help="rows with ground truth instead of a split")
     result.add_argument("--num", type=int, help="the first rows of each task (default: all)")
     result.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="default: all")
     result.add_argument(
@@ -86,7 +89,7 @@ def parser() -> Parser:
 
 
 def rows_file(arguments: argparse.Namespace) -> Path:
-    """The rows to evaluate on: a file that is given, or a split beside the run's held-out rows."""
+    """The rows to evaluate on: those that are given, or a split beside the run's held-out rows."""
     if arguments.rows is not None:
         return arguments.rows
     if not arguments.run.is_dir():
@@ -96,7 +99,7 @@ def rows_file(arguments: argparse.Namespace) -> Path:
     config: Any = load_config(arguments.run / "pretrain")
     heldout = Path(config.data.heldout)
     path = heldout if arguments.split == "heldout" else heldout.with_name(f"{arguments.split}.jsonl")
-    if not path.is_file():
+    if not path.exists() and not is_pattern(path):
         raise UserError(
             f"{path}, the {arguments.split} rows of {arguments.run}, does not exist; draw it, or give --rows"
         )
@@ -116,7 +119,7 @@ def read_tasks(path: Path, num: int | None, root: Path | None = None) -> dict[st
     """
     tasks: dict[str, list[Row]] = {}
     left_out, ids = 0, set()
-    for row in read_rows(path, picture_root=root):
+    for row in read_dataset(path, picture_root=root):
         require_truth(row)
         if row.id in ids:
             raise UserError(f"{row.where}: the id {row.id} is there twice; give every row its own")
@@ -132,6 +135,14 @@ def read_tasks(path: Path, num: int | None, root: Path | None = None) -> dict[st
     if not tasks:
         raise UserError(f"{path} holds no rows of one exchange; nexus-gen data shapes draws them")
     return tasks
+
+
+def fingerprint_dataset(path: Path, pictures: list[StoredImage], hashes: PictureHashes) -> str:
+    """Of everything that `read_tasks` reads: one file, or all of a mixture, a pattern or a folder."""
+    dataset = load_mixture(path)
+    first, *others = [path] * dataset.is_mixture + dataset.files
+    rows = fingerprint_rows(first, pictures, hashes)
+    return digest([rows, *(fingerprint_path(file, hashes.contents) for file in others)]) if others else rows
 
 
 class Models:
@@ -297,7 +308,7 @@ def main(argv: list[str]) -> int:
     settings = {"split": split, **{name: getattr(arguments, name) for name in options}}
     hashes = PictureHashes(memory_of(arguments.run))
     pictures = [image for of_task in tasks.values() for row in of_task for image in row.images]
-    inputs = {"rows": fingerprint_rows(rows, pictures, hashes), **models.inputs(hashes.contents)}
+    inputs = {"rows": fingerprint_dataset(rows, pictures, hashes), **models.inputs(hashes.contents)}
     hashes.contents.save()
     output = arguments.output or results_of(arguments.run) / "evaluation" / split
     if output.exists() and not (output / IDENTITY).is_file() and (output.is_file() or any(output.iterdir())):

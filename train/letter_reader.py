@@ -1,7 +1,8 @@
 """The letter that a reply to a multiple-choice question settles on, as a person would read it.
 
-Labels and options' texts become single marks in the reply, so that one set of patterns reads English and Chinese. What
-is denied is taken out first ("not A but B"). Then the last conclusion counts, else a label that the reply begins with,
+Labels and options' texts become single marks in the reply, so that one set of patterns reads English and Chinese.
+Options that are judged one by one ("A: wrong, B: right") become the conclusion that this is. What is denied is taken
+out next ("not A but B"). Then the last conclusion counts, else a label that the reply begins with,
 else the only label that is set apart as one, else the only option whose text is named. Nothing is guessed: replies that
 name several options and settle on none, and refusals, are unreadable.
 """
@@ -19,9 +20,12 @@ LABEL, ANY = "[\ue000-\ue1ff]", "[\ue000-\ue2ff]"
 SIGNS = r"[^\w\ue000-\ue300]*"
 WORDS = "[^.!?;。\ue000-\ue2ff]"  # of the same sentence, without a mark in it
 
+# "The second option" is option number 2, whatever its label.
+ORDINALS = list(zip(("first", "second", "third", "fourth", "fifth", "sixth"), "一二三四五六", strict=True))
+
 # Words after which "A" or "I" is a label; before any other word of English it is an article or a pronoun.
 AFTER_LABEL = r"is|was|isn't|and|or|but|because|since|as|for|seems|would|can|cannot|must|has"
-LETTERS = "0-9A-Za-zÀ-ӿ"  # beside which a letter is no label; a Chinese character may be beside one
+LETTERS = "0-9A-Za-zÀ-ÖØ-öø-ӿ"  # beside which a letter is no label; a Chinese character may be beside one
 SMALL_WORDS = set(
     re.findall(r"\w+", "a an the i is are was were be not no yes or and so but to of in on at it this that one")
 )
@@ -43,6 +47,20 @@ FILL = (
 )
 FILL_CHINESE = r"[\s,:=]*(?:选项|选择|选|是|为|应|该|的|第|答案){0,10}+[\s:]*[\"'“‘(「『【]*"
 
+# A table or list that judges options one by one: a label, its own text perhaps, and the verdict.
+RIGHT = r"(?:(?:correct|right|true|yes|正确|对|是)(?![\w])|[✓✔✅√☑])"
+WRONG = r"(?:(?:incorrect|not correct|wrong|false|no|不正确|错误|不对|错|否|不是)(?![\w])|[✗✘❌×✖☒])"
+BEFORE_VERDICT = (
+    rf"(?P<mark>{LABEL})(?:[^\S\n]*[|:,(-]*[^\S\n]*[\ue200-\ue300])?[^\S\n]*[)\]?.:,;、|(\[–—-]*\s*(?:\(\s*)?"
+)
+VERDICT = re.compile(
+    rf"{BEFORE_VERDICT}(?:(?P<right>{RIGHT})|{WRONG})(?=\s*(?:[.,;:!?)\]|。、\n–—-]|$|{LABEL}|because\b|since\b|as\b|因))"
+    r"[)\]|.,;、。]*",
+    re.I,
+)
+# The same with the sign before the label: "[x] B", "✅ B".
+SIGNED = re.compile(rf"(?m:^)[\s*+-]*(?:(?P<right>\[x\]|[✓✔✅√☑])|\[ ?\]|[✗✘❌×✖☒☐])\s*(?P<mark>{LABEL})", re.I)
+
 DENIED = [
     re.compile(pattern, re.I)
     for pattern in (
@@ -63,7 +81,9 @@ DENIED = [
         LIST + r"\s*[:,(–—-]+\s*(?:(?:is|this is)\s+)?"
         r"(?:incorrect|wrong|false|not correct|no(?=\s*(?:[.;,)\n]|$))|[✗✘❌×错])",
         r"\bno\s+[\ue200-\ue2ff]",
-        r"\b(?:wrong|incorrect|false)(?: (?:options?|choices?|answers?))?\s*(?:is|are|:)\s*" + LIST,
+        r"\b(?:wrong|incorrect|false)(?: (?:options?|choices?|answers?))?\s*(?:is|are|:)\s*"
+        + rf"(?:{OPEN}{ANY}{CLOSE}[,、/]\s*){{0,26}}+"
+        + LIST,
         r"(?:不是|并不是|并非|绝非|而非|非|不选|不能选|不应选|不该选|排除了?|不可能是|不会是|不为|除了)\s*(?:选项)?\s*"
         + LIST,
         LIST + r"\s*(?:选?项)?\s*(?:都|均|也|是|就|显然|明显|可以|可|被|则)*\s*"
@@ -89,6 +109,7 @@ CONCLUSIONS = [
         r"looks like|seems like|think|believe|say|guess|conclude|but|actually|no|wait|rather|sorry|instead|correction|"
         r"i mean|meant|make that|scratch that|definitely|probably|likely|maybe|perhaps|clearly|certainly)\b[\s,:—-]*"
         rf"{FILL}(?P<mark>{ANY}){ENDS}",
+        rf"\bmak(?:e|es|ing)\s+{FILL}(?P<mark>{ANY})\s+(?:the|a|our|my)\b",
         rf"(?:=>|->|→|∴)\s*{FILL}(?P<mark>{ANY}){ENDS}",
         rf"(?P<mark>{ANY})\s*(?:(?:is|was|seems?|appears?|looks?|would|must|should|has|to|be)\s+)+(?:\w+\s+){{0,3}}?"
         r"(?:correct|right|answer|best|true|accurate|appropriate|one|choice|option|likely|suitable|fitting|plausible|it)\b",
@@ -96,7 +117,7 @@ CONCLUSIONS = [
         rf"(?P<mark>{LABEL})\s*it is\b",
         rf"(?:答案|正确选项|正确的选项|结论|选择){WORDS}{{0,20}}?(?:是|为|选|:|=)" + FILL_CHINESE + rf"(?P<mark>{ANY})",
         rf"答案[】\])\s]*(?P<mark>{ANY})",
-        r"(?:选择?|挑|答|认为是?|觉得是?|判断[为是]|应该?[是为选]|就是|而是|即[为是]?|所以|因此|故|综上|改为|更正为|不对|错了|不,|那么)"
+        r"(?:选择?|挑|答|认为是?|觉得是?|判断[为是]|应该?[是为选]|就是|而是|即[为是]?|所以|因此|故|综上|对应|改为|更正为|不对|错了|不,|那么)"
         + FILL_CHINESE
         + rf"(?P<mark>{ANY})",
         rf"是\s*(?P<mark>{ANY}){ENDS}",
@@ -126,7 +147,7 @@ def parse_letter(reply: str, options: dict[str, str]) -> str | None:
     options = {label: without_markup(text) for label, text in options.items()}
     if whole := whole_reply(words, options):
         return whole
-    marked = with_marks(words, options)
+    marked = with_verdict(with_marks(words, options))
     # "A?" is a doubt wherever more is said.
     marked = re.sub(rf"{ANY}{CLOSE}\?(?=\s*\w)", "?", marked)
     for pattern in DENIED:
@@ -141,6 +162,21 @@ def parse_letter(reply: str, options: dict[str, str]) -> str | None:
         if found:
             return found if found in options else None
     return None
+
+
+def with_verdict(marked: str) -> str:
+    """The same, with what judges two options or more one by one replaced by the conclusion that it comes to."""
+    for pattern in (VERDICT, SIGNED):
+        judged = list(pattern.finditer(marked))
+        if len({match["mark"] for match in judged}) < 2:
+            continue
+        held = [match for match in judged if match["right"]]
+        # Where none is right, it is one of those that are not named; where several are, none is settled on.
+        conclusion = f" answer: {' and '.join(match['mark'] for match in held)}. " if held else " "
+        last = (held or judged)[-1]
+        before, behind = marked[: last.start()], marked[last.end() :]
+        marked = pattern.sub(" ", before) + conclusion + pattern.sub(" ", behind)
+    return marked
 
 
 def told_answer(words: str) -> str:
@@ -191,7 +227,7 @@ def with_marks(words: str, options: dict[str, str]) -> str:
         label = re.escape(list(options)[number])
         if text:
             # "A dog" without a sign between them may be an article.
-            between = r"(?:[)\].:,]+\s*|\s*[:\-–—(]\s*)" if label in "AaIi" else r"[)\].:,]*\s*[:\-–—(]?\s*"
+            between = r"(?:[)\].:,、]+\s*|\s*[:\-–—(]\s*)" if label in "AaIi" else r"[)\].:,、]*\s*[:\-–—(]?\s*"
             own = rf"\(?{edge}{label}{between}{re.escape(text)}\)?(?!\w)"
             marked = re.sub(own, chr(APART + number), marked, flags=re.I)
     # Set apart: in brackets or quotes, behind "option", before a bracket or, where a line begins, a full stop.
@@ -206,6 +242,12 @@ def with_marks(words: str, options: dict[str, str]) -> str:
         marked = re.sub(pattern, mark(APART), marked, flags=re.I)
     for text, number in texts:
         marked = mark_text(marked, text, TEXT + number, "a" in names)
+    for number, (english, chinese) in enumerate(ORDINALS[: len(options)]):
+        nth = (
+            rf"\b(?:{english}|{number + 1}(?:st|nd|rd|th))\s+(?:option|choice|answer)\b|"
+            rf"第\s*[{chinese}{number + 1}]\s*(?:个?选项|个?答案|[个项](?=\W|$))"
+        )
+        marked = re.sub(nth, chr(APART + number), marked, flags=re.I)
     # Bare letters in capitals; small ones only where the sentence ends behind a word that concludes.
     capitals = "|".join(re.escape(label) for label in sorted(options, key=len, reverse=True))
     marked = re.sub(rf"(?P<lead>){edge}(?P<label>{capitals}){close}{article}", mark(BARE), marked)

@@ -25,7 +25,7 @@ def require_truth(row: Row) -> dict[str, Any]:
     """A row's ground truth; UserError unless it is one that rows of its task are scored by."""
     truth = row.truth
     if truth is None or not {"category", "language", "scenes"} <= truth.keys():
-        raise UserError(f"{row.where}: no ground truth; nexus-gen data shapes draws rows with it")
+        raise UserError(f"{row.where}: no ground truth to score by; nexus-gen data shapes draws rows with it")
     if truth["category"] not in (known := CATEGORIES.get(row.task, ())):
         raise UserError(
             f"{row.where}: truth.category is {truth['category']!r}; of {row.task} rows there are "

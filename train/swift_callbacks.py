@@ -5,6 +5,7 @@ Steps are optimizer steps. Swift's trainer runs the loop and calls these. Legend
 
 import logging
 import math
+import re
 import shutil
 import signal
 import time
@@ -455,14 +456,21 @@ def tokens_seen(checkpoint: Path) -> int:
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Checkpoints that were written to the end, oldest first; those of earlier versions are marked COMPLETE alone."""
-    marks = [mark for name in (COMPLETE, LISTING) for mark in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{name}")]
-    return sorted({mark.parent for mark in marks}, key=checkpoint_step)
+    return [path for path in checkpoints_in(directory) if any((path / mark).exists() for mark in (COMPLETE, LISTING))]
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """All that the trainer has begun to write, oldest first; what people call `checkpoint-100-copy` is theirs."""
+    found = directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return sorted(
+        (path for path in found if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name)), key=checkpoint_step
+    )
 
 
 def remove_incomplete_checkpoints(directory: Path) -> None:
     """What interruptions left behind; for rank zero alone."""
     complete = complete_checkpoints(directory)
-    for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+    for path in checkpoints_in(directory):
         if path not in complete:
             log.warning("removing %s: it was not written to the end", path)
             shutil.rmtree(path)

@@ -98,6 +98,10 @@ class ModelPaths:
         """
         autoregressive = autoregressive or run / "pretrain" / "artifact"
         if not (autoregressive / "config.json").is_file():
+            if not run.is_dir() and run in autoregressive.parents:
+                raise UserError(
+                    f"{run} is not a run directory; finished runs are under runs/, or give --autoregressive"
+                )
             raise UserError(
                 f"{autoregressive} holds no checkpoint; finish stage=pretrain of {run}, or give --autoregressive"
             )

@@ -86,6 +86,25 @@ def test_checkpoints_of_an_unfinished_try_are_kept(runs: Path) -> None:
     assert not checkpoint.exists()
 
 
+@pytest.mark.parametrize("content", ["", '{"config": ', "[]", "{}", '{"config": 3}', "\0" * 40, None])
+def test_checkpoints_of_which_nobody_knows_what_they_belong_to_are_kept_and_not_used(
+    runs: Path, content: str | None
+) -> None:
+    checkpoint = attempt(stage(runs))
+    identity = checkpoint.parent / "identity.json"
+    identity.unlink() if content is None else identity.write_text(content)
+    with pytest.raises(UserError, match=r"identity\.json is missing or damaged.*resume=false"):
+        prepare(stage(runs))
+    assert checkpoint.exists()
+    prepare(stage(runs, "resume=false"))
+    assert not checkpoint.exists()
+
+
+def test_a_record_of_times_that_a_full_disk_cut_short_is_read_without_its_end(tmp_path: Path) -> None:
+    (tmp_path / "timing.jsonl").write_text('{"seconds": 2.0, "processes": 1}\n{"seconds": 3.0, "proc')
+    assert timing_of(tmp_path) == (2.0, 1)
+
+
 def test_checkpoints_of_a_finished_try_are_dropped(runs: Path) -> None:
     checkpoint = attempt(stage(runs))
     finish(stage(runs))

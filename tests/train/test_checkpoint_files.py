@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 from nexus_gen.specs.errors import UserError
 from train.checkpoint_files import LISTING, damage_of, forget_damaged, set_damaged_aside, write_listing
-from train.swift_callbacks import checkpoint_step
+from train.swift_callbacks import checkpoint_step, complete_checkpoints, remove_incomplete_checkpoints
 
 MODEL = "global_step/mp_rank_00_model_states.pt"
 
@@ -106,6 +107,37 @@ def test_the_whole_checkpoint_before_damaged_ones_is_the_newest(
     assert len(list(tmp_path.iterdir())) == 4
     forget_damaged(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-20"]
+
+
+def test_a_list_that_is_gone_is_damage_where_an_earlier_checkpoint_has_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [write(tmp_path, 10, listed=False), write(tmp_path, 20), write(tmp_path, 21)]
+    (paths[2] / LISTING).unlink()
+    set_damaged_aside(paths, checkpoint_step)
+    assert f"checkpoint {paths[2]} is damaged ({LISTING} is missing)" in caplog.text
+    assert caplog.text.rstrip().endswith("checkpoint-20 and repeats 1 step")
+
+
+def test_without_a_list_a_rank_whose_state_is_gone_is_missed(tmp_path: Path) -> None:
+    path = write(tmp_path, 7, listed=False)
+    for rank in range(3):
+        torch.save({}, path / "global_step" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    assert damage_of(path) is None
+    (path / "global_step" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    assert damage_of(path) == "global_step/zero_pp_rank_1_mp_rank_00_optim_states.pt is missing"
+    (path / MODEL).unlink()
+    assert damage_of(path) == f"{MODEL} is missing"
+
+
+@pytest.mark.parametrize("name", ["checkpoint-20-copy", "checkpoint-20 (copy)", "checkpoint-old", "checkpoint-20.bak"])
+def test_what_people_call_like_a_checkpoint_stays_and_is_none(name: str, tmp_path: Path) -> None:
+    newest = write(tmp_path, 20)
+    shutil.copytree(newest, tmp_path / name)
+    (tmp_path / name / LISTING).unlink()
+    assert complete_checkpoints(tmp_path) == [newest]
+    remove_incomplete_checkpoints(tmp_path)
+    assert (tmp_path / name).is_dir()
 
 
 def test_an_older_damaged_checkpoint_is_left_alone(tmp_path: Path) -> None:

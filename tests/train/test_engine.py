@@ -241,7 +241,7 @@ def test_a_stage_trains_as_a_plain_loop_does_and_writes_its_artifact(inputs: Pat
 
 def test_half_written_checkpoints_are_not_resumed(tmp_path: Path) -> None:
     assert complete_checkpoints(tmp_path) == []
-    for name in ("step_00000100", "step_00000020", "step_00000200.partial"):
+    for name in ("step_00000100", "step_00000020", "step_00000200.partial", "step_00000100.bak", "step_copy"):
         (tmp_path / name).mkdir()
     assert [checkpoint_step(path) for path in complete_checkpoints(tmp_path)] == [20, 100]
 

@@ -428,6 +428,47 @@ def test_options_of_any_kind_are_told_from_their_labels(
     assert parse_letter(reply, options) == letter
 
 
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("A. 不正确\nB. 正确\nC. 不正确\nD. 不正确", "B"),
+        ("A) Incorrect\nB) Correct\nC) Incorrect", "B"),
+        ("A、错误 B、正确", "B"),
+        ("A（错误）B（正确）", "B"),
+        ("A×\nB√\nC×", "B"),
+        ("A. cat ❌\nB. dog ✅", "B"),
+        ("❌ A. cat\n✅ B. dog", "B"),
+        ("- [ ] A. cat\n- [x] B. dog\n- [ ] C. bird", "B"),
+        ("| A | cat | No |\n| B | dog | Yes |", "B"),
+        ("Is it A? No. Is it B? Yes.", "B"),
+        ("A: wrong\nB: right\nSo B. Wait, actually C.", "C"),
+        ("A. No, there is no cat.\nB. Yes, a dog.", "B"),
+        ("A: true\nB: true\nC: false", None),
+        ("A. False. B. False.", None),
+    ],
+)
+def test_options_that_are_judged_one_by_one(reply: str, letter: str | None) -> None:
+    assert parse_letter(reply, ANIMALS) == letter
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("這題選C", "C"),
+        ("正確答案為C", "C"),
+        ("選項C", "C"),
+        ("A錯誤，C正確", "C"),
+        ("The second option", "B"),
+        ("答案是第三个选项", "C"),
+        ("第二个人是对的", None),
+        ("This makes B the answer", "B"),
+        ("Correct Answer: B\n\nIncorrect: A, C, D", "B"),
+    ],
+)
+def test_other_characters_and_other_words(reply: str, letter: str | None) -> None:
+    assert parse_letter(reply, ANIMALS) == letter
+
+
 def test_no_reply_breaks_the_reader() -> None:
     for reply in (
         "\ue000",
@@ -438,6 +479,8 @@ def test_no_reply_breaks_the_reader() -> None:
         "A" * 5000,
         "A, " * 500,
         "A and " * 500,
+        "(" * 20000,
+        "{" * 20000,
         "the " * 2000,
         "<think>" * 300,
         "é\u0301",

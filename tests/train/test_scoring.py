@@ -360,6 +360,48 @@ SAYS_NOT: dict[str, tuple[str, ...]] = {
 }
 
 
+SENTENCES = {
+    "red": (
+        "The circle is red.",
+        "Its color is red.",
+        "The circle appears to be red.",
+        "The circle on the left is coloured red.",
+        "It looks red",
+        "Red, of course.",
+    ),
+    "circle": ("The red shape is a circle.", "This image shows a circle.", "The object is a circle."),
+    "top left": ("The circle is in the upper left.", "It is located in the top left corner of the image."),
+    "centre": ("In the middle.", "It is in the center of the picture."),
+    "21": ("twenty-one", "There are twenty-one."),
+    "1000": ("1,000", "There are 1,000 of them."),
+    "红色": ("圆形是红色的", "图中圆形的颜色是红色。", "紅色", "圆形呈红色"),
+    "圆形": ("这是一个圆形。", "一个圆形", "這是一個圓形"),
+    "左上角": ("圆形在左上角", "位于图片的左上角。", "在位置在左上角"),
+}
+OTHERS = {
+    "red": (
+        "The circle is not red.",
+        "The circle isn't red",
+        "The square is blue and the circle is red.",
+        "The circle is red or blue.",
+        "The red shape is a circle.",
+    ),
+    "above": ("The circle is above the square.",),
+    "1000": ("1,0000", "1, 000"),
+    "红色": ("圆形不是红色", "圆形是红色还是蓝色", "红色圆形", "圆是红色，方是蓝色"),
+}
+
+
+@pytest.mark.parametrize("truth", SENTENCES)
+def test_a_sentence_about_what_was_asked_says_its_last_words(truth: str) -> None:
+    assert [answer for answer in SENTENCES[truth] if not is_right(answer, truth)] == []
+
+
+@pytest.mark.parametrize("truth", OTHERS)
+def test_a_sentence_about_more_than_was_asked_is_wrong(truth: str) -> None:
+    assert [answer for answer in OTHERS[truth] if is_right(answer, truth)] == []
+
+
 @pytest.mark.parametrize("truth", SAYS)
 def test_answers_that_say_the_truth_are_right(truth: str) -> None:
     assert [answer for answer in SAYS[truth] if not is_right(answer, truth)] == []

@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,13 @@ def request_another(config: StageConfig) -> None:
 
 
 def checkpoints_identity(config: StageConfig) -> dict[str, Any]:
-    """What the checkpoints of the latest try belong to; empty when there are none."""
+    """What the checkpoints of the latest try belong to; empty when there are none, or when that file is damaged."""
     path = config.run_dir / CHECKPOINTS / IDENTITY
-    if not path.is_file():
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {"numerics": 1, **found, "config": with_added(found["config"], counted_keys(config.stage))}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return {"numerics": 1, **found, "config": with_added(found["config"], counted_keys(config.stage))}
 
 
 def forget_try(config: StageConfig) -> None:
@@ -160,6 +162,11 @@ def prepare(config: StageConfig, wanted: dict[str, Any]) -> Path:
         if is_finished(config) or not config.resume:
             forget_try(config)
         elif (earlier := checkpoints_identity(config)) != wanted and not config.reuses_by_content:
+            if not earlier:
+                raise UserError(
+                    f"{checkpoints / IDENTITY} is missing or damaged, so nobody knows what the checkpoints beside it "
+                    "belong to; put it back, or give resume=false to start over"
+                )
             earlier, accepted = completed(config, earlier, wanted)
             if earlier != wanted:
                 raise UserError(
@@ -181,7 +188,10 @@ def timing_of(stage_dir: Path) -> tuple[float, int]:
     There is none beside the artifact of an earlier try while a new one runs.
     """
     path = stage_dir / TIMING
-    starts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    starts = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with suppress(ValueError):  # cut short by a full disk
+            starts.append(json.loads(line))
     return sum(start["seconds"] for start in starts), starts[-1]["processes"] if starts else 0
 
 
