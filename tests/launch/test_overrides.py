@@ -158,6 +158,15 @@ def test_a_pipeline_takes_them_for_all_stages_and_for_one(tmp_path: Path, monkey
     assert where == Path("/a=b") / NAMES[14] / "generation_decoder" / "artifact"
 
 
+@pytest.mark.parametrize("name", ["x [1]", "[a-b]", "what?", "*", "**", "[0-9]*.jsonl"])
+def test_a_pipeline_begins_under_a_name_that_looks_like_a_pattern(name: str, tmp_path: Path) -> None:
+    """What its later stages read is not there yet; it is no pattern without files either."""
+    given = [Override.parse(text) for text in (f"name={name}", f"runs_dir={tmp_path}")]
+    inputs = [config.inputs() for config in compose_pipeline("tiny", given)]
+    rows = {where for stage in inputs for role, where in stage.items() if role == "data.train"}
+    assert rows == {tmp_path / name / "shapes" / "artifact" / "train.jsonl"}
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from data.dataset_files import is_pattern
+from data.dataset_files import is_there
 from data.embedding_plan import ROWS, SplitRows
 from data.mixture import check_dataset, load_mixture
 from data.pictures import PictureHashes, fingerprint_pictures, named_pictures
@@ -654,7 +654,7 @@ def message_inputs(data: TrainRowsConfig) -> dict[str, Path]:
     inputs = {}
     for role in data.splits:
         where = Path(getattr(data, role))
-        files = load_mixture(where).files if where.exists() or is_pattern(where) else [where]
+        files = load_mixture(where).files if is_there(where) else [where]
         if where.is_file() or files == [where]:
             inputs[f"data.{role}"] = where
         inputs |= {f"data.{role}[{n}]": file for n, file in enumerate(files) if file != where}
