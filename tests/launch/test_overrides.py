@@ -118,6 +118,7 @@ def test_what_an_error_says_to_type_can_be_pasted(path: str) -> None:
         ("data.quarantine=[a,,b]", "has a comma with nothing in front of it"),
         ("trainer.max_steps=a b(", r"cannot be read; trainer\.max_steps must be a whole number"),
         ("trainer.max_steps=1,2", "is a sweep"),
+        ("pretrain.optim.betas=0.9,0.95", r"^optim\.betas takes a list: pretrain\.optim\.betas=\[0\.9,0\.95\]$"),
         ("trainer.max_steps=2.5", r"^trainer\.max_steps: Value '2\.5'"),
         ("trainer.max_steps=true", r"^trainer\.max_steps: Value 'True'"),
         ("trainer.max_steps=nan", r"^trainer\.max_steps: Value 'nan'"),
