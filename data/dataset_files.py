@@ -35,6 +35,11 @@ def is_pattern(path: str | os.PathLike[str]) -> bool:
     return glob.has_magic(os.fspath(path)) and not os.path.exists(path)
 
 
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Whether a path stands for anything; what a stage has yet to write may look like a pattern without files."""
+    return os.path.exists(path) or (is_pattern(path) and bool(files_of(Path(), os.fspath(path))))
+
+
 def dataset_files(path: str | os.PathLike[str]) -> DatasetFiles:
     """The files of a dataset; one that does not exist stays, to be named when it is opened.
 

@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         where = error.filename2 or error.filename
         print(
-            f"error: {f'{where}: ' if where else ''}{error.strerror}; mend that, or give another path", file=sys.stderr
+            f"error: {f'{where}: ' if where else ''}{error.strerror}; fix that, or give another path", file=sys.stderr
         )
         return 2
     except KeyboardInterrupt:

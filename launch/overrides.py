@@ -57,6 +57,8 @@ class Override:
         elif kind == list[str]:
             value = f"[{','.join(quoted(element) for element in elements(text, key, value))}]"
         else:
+            if kind in (list[int], list[float]) and "," in value and value[:1] != "[":
+                raise UserError(f"{key} takes a list: {text.partition('=')[0]}=[{value}]")
             read(text, key, value, EXPECTED.get(kind, "values by name, as in {name: value}"))
         return Override(text, key, value, stage, key in GROUPS)
 

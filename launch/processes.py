@@ -110,8 +110,11 @@ def slurm_script(launch: LaunchConfig, config_path: Path) -> str:
 def log_directory(config_path: Path) -> str:
     """A stage's log/ in Slurm's patterns of file names. UserError where these cannot name it."""
     directory = str(config_path.parent / "log")
-    if "\\" in directory:
-        raise UserError(f"Slurm cannot write logs into {directory}, with its backslash; give another name or runs_dir")
+    for character, what in (("\\", "backslash"), ("\n", "line break")):
+        if character in directory:
+            raise UserError(
+                f"Slurm cannot write logs into {directory!r}, with its {what}; give another name or runs_dir"
+            )
     return directory.replace("%", "%%")
 
 

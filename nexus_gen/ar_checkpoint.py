@@ -19,7 +19,7 @@ from nexus_gen.autoregressive import TARGET_INPUTS, NexusGenForConditionalGenera
 from nexus_gen.compat import ensure_torchvision
 from nexus_gen.pretrained import load_pretrained
 from nexus_gen.specs.artifact import building, write_text_atomic
-from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.errors import UserError, first_line
 from nexus_gen.specs.fit import require_autoregressive
 from nexus_gen.specs.geometry import MERGE_SIZE, RELEASED_TARGET_TOKENS, LanguageGeometry, VisionGeometry
 from nexus_gen.specs.layouts import ADDED_KEYS, PREFILL_KEY, Source, autoregressive_sources
@@ -233,9 +233,11 @@ def load_processor(path: str | os.PathLike[str]) -> Qwen2_5_VLProcessor:
     """The tokenizer and image processor of a checkpoint; UserError when they are missing or unreadable."""
     try:
         return Qwen2_5_VLProcessor.from_pretrained(processor_directory(path), local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        first_line = str(error).splitlines()[0]
-        raise UserError(f"{path} holds no readable tokenizer and processor ({first_line}); copy them there") from error
+    except Exception as error:  # tokenizers raises bare Exception, transformers KeyError and others
+        raise UserError(
+            f"{path} holds no readable tokenizer and processor ({first_line(error)}); copy them from the checkpoint "
+            "that it was trained from"
+        ) from error
 
 
 def load_config(directory: Path) -> Qwen2_5_VLConfig:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nexus_gen.inspection import weights_of
+from nexus_gen.inspection import headers_of, weights_of
 from nexus_gen.specs.artifact import MANIFEST, Manifest, building, seal, write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import VaeGeometry
@@ -142,8 +142,8 @@ def target_sources(weights: Weights, to: str) -> Sources:
 
 def make_plan(path: Path, to: str, limit: int | None) -> Plan:
     """Read headers and refuse what does not fit. Raises UserError."""
-    weights, found = weights_of(path)
-    headers = found.tensors
+    found = headers_of(path)
+    weights, headers = weights_of(path, found), found.tensors
     problems = weights.differences.sentences(limit)
     if problems:
         raise UserError(f"{path} does not fit together as a {weights.kind}: {'; '.join(problems)}; fetch it again")

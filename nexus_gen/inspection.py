@@ -15,7 +15,7 @@ from typing import Any
 from nexus_gen.specs.artifact import MANIFEST, Manifest
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS
-from nexus_gen.specs.kinds import NAMED_KEYS, TITLES
+from nexus_gen.specs.kinds import NAMED_KEYS, TITLES, TextEncoder, text_encoder_of
 from nexus_gen.specs.layouts import ADDED_KEYS
 from nexus_gen.specs.models import (
     RELEASED,
@@ -23,10 +23,10 @@ from nexus_gen.specs.models import (
     RELEASED_VISION,
     decoder_artifact,
 )
-from nexus_gen.specs.processor_files import missing_processor_files
+from nexus_gen.specs.processor_files import missing_processor_files, unfit_processor
 from nexus_gen.specs.shapes import Weights, read_config, recognise
 from nexus_gen.specs.tensor_headers import TensorHeader, read_checkpoint
-from nexus_gen.specs.text_shapes import FOLDERS, TextEncoder, text_weights
+from nexus_gen.specs.text_shapes import FOLDERS, text_weights
 from nexus_gen.specs.weight_files import (
     BIN,
     FLUX_WEIGHTS,
@@ -147,22 +147,24 @@ def headers_of(path: Path) -> Headers:
     return Headers({key: tensors.header(key) for key in tensors}, files, tensors.wrappers)
 
 
-def weights_of(path: Path) -> tuple[Weights, Headers]:
-    """What a weight file or a directory of them holds. Raises UserError."""
-    headers = headers_of(path)
-    config = read_config(path if path.is_dir() else path.parent)
-    return recognise(headers.shapes, path, config), headers
+def weights_of(path: Path, headers: Headers) -> Weights:
+    """What the headers of a weight file or of a directory of them say. Raises UserError."""
+    return recognise(headers.shapes, path, read_config(path if path.is_dir() else path.parent))
 
 
 def inspect_weights(path: Path, limit: int | None) -> Report:
-    weights, headers = weights_of(path)
+    headers = headers_of(path)
+    encoder = text_encoder_of(headers.tensors)
+    if encoder is not None:
+        return inspect_text_encoder(encoder, path, headers, limit)
+    weights = weights_of(path, headers)
     what = TITLES[weights.kind]
     if weights.kind == "autoregressive":
         added = all(key in weights.shapes for key in ADDED_KEYS)
         what = "Nexus-Gen autoregressive model" if added else f"plain Qwen2.5-VL, without {' and '.join(ADDED_KEYS)}"
     problems = weights.differences.sentences(limit)
     if weights.kind == "autoregressive" and path.is_dir():
-        problems += missing_processor_files(path)
+        problems += missing_processor_files(path) + unfit_processor(path)
     return Report(
         str(path),
         what,
@@ -246,7 +248,7 @@ def inspect_flux(path: Path, limit: int | None) -> Report:
             report.problems.append(f"no {title}: neither {file} nor {folder}/")
     for encoder, (weights, tokenizer) in FOLDERS.items():
         if (path / weights / "config.json").is_file():
-            report.parts.append(inspect_text_encoder(encoder, path / weights, limit))
+            report.parts.append(inspect_text_encoder(encoder, path / weights, headers_of(path / weights), limit))
         else:
             report.problems.append(f"no {encoder} text encoder: {weights}/config.json")
         if not (path / tokenizer).is_dir() or not any((path / tokenizer).iterdir()):
@@ -254,10 +256,13 @@ def inspect_flux(path: Path, limit: int | None) -> Report:
     return report
 
 
-def inspect_text_encoder(encoder: TextEncoder, path: Path, limit: int | None) -> Report:
-    headers = headers_of(path)
-    weights = text_weights(encoder, headers.shapes, path, read_config(path))
-    problems = weights.differences.sentences(limit)
+def inspect_text_encoder(encoder: TextEncoder, path: Path, headers: Headers, limit: int | None) -> Report:
+    directory = path if path.is_dir() else path.parent
+    config = read_config(directory)
+    if config is None:
+        problems = ["no config.json beside it, by which its size is known"]
+    else:
+        problems = text_weights(encoder, headers.shapes, directory, config).differences.sentences(limit)
     return Report(str(path), f"{encoder} text encoder", **totals(headers), problems=problems)
 
 

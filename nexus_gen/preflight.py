@@ -9,12 +9,11 @@ from typing import Any
 
 from nexus_gen.inspection import headers_of
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.fit import require_autoregressive, require_same, require_vae
+from nexus_gen.specs.fit import require_autoregressive, require_processor, require_same, require_vae
 from nexus_gen.specs.geometry import FluxGeometry, ProjectorGeometry, VaeGeometry
-from nexus_gen.specs.kinds import require_kind
+from nexus_gen.specs.kinds import TextEncoder, require_kind
 from nexus_gen.specs.layouts import decoder_sources
 from nexus_gen.specs.models import RELEASED, ModelPaths
-from nexus_gen.specs.processor_files import missing_processor_files
 from nexus_gen.specs.shapes import (
     Shapes,
     differences,
@@ -22,7 +21,7 @@ from nexus_gen.specs.shapes import (
     generation_decoder_shapes,
     read_config,
 )
-from nexus_gen.specs.text_shapes import FOLDERS, TextEncoder, text_weights
+from nexus_gen.specs.text_shapes import FOLDERS, text_weights
 from nexus_gen.specs.weight_files import flux_part
 
 
@@ -34,8 +33,7 @@ def require_loadable(paths: ModelPaths, cfg_scale: float | None = 1.0) -> None:
     """
     directory = paths.autoregressive
     weights = require_autoregressive(directory, headers_of(directory).shapes)
-    for problem in missing_processor_files(directory):
-        raise UserError(f"{directory} holds {problem}; copy them from the checkpoint that it was trained from")
+    require_processor(directory)
     if paths.decoder_kind is None or paths.decoder is None or paths.flux is None or paths.details is None:
         return
     require_decoder(paths.decoder_kind, paths.decoder, paths.details)

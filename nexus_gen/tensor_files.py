@@ -14,7 +14,7 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.results import aside
 from nexus_gen.specs.tensor_headers import TensorHeader, header_bytes, read_checkpoint, require_plain
 from nexus_gen.specs.tensor_names import UNQUANTISED
-from nexus_gen.specs.weight_files import BIN, SAFETENSORS, weight_files
+from nexus_gen.specs.weight_files import BIN, SAFETENSORS, TORCH_REMEDY, weight_files
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -132,7 +132,9 @@ def load_bin(path: Path) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
         for key, tensor in tensors.items()
     ):
-        raise UserError(f"{path} does not map names to tensors; export the decoder again")
+        inner = [key for key, value in tensors.items() if isinstance(value, dict)] if isinstance(tensors, dict) else []
+        held = f" but holds {' and '.join(map(repr, inner))}, as checkpoints of trainers do" if inner else ""
+        raise UserError(f"{path} does not map names to tensors{held}; {TORCH_REMEDY}")
     for key, tensor in tensors.items():
         if tensor.dtype not in NAMES:
             raise UserError(f"{path} holds {key} as {tensor.dtype}, which is not read here; {UNQUANTISED}")

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from nexus_gen.compat import ensure_torchvision
 from nexus_gen.pretrained import load_pretrained
-from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.errors import UserError, first_line
+from nexus_gen.specs.kinds import TextEncoder
 from nexus_gen.specs.shapes import read_config
-from nexus_gen.specs.text_shapes import FOLDERS, TextEncoder, text_weights
+from nexus_gen.specs.text_shapes import FOLDERS, text_weights
 from nexus_gen.tensor_files import TensorFiles
 from nexus_gen.translation import require_fit
 
@@ -60,8 +61,8 @@ def tokenize(directory: Path, text: str, length: int) -> Tensor:
     require_directory(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory} does not hold a whole tokenizer: {first_line(error)}") from error
+    except Exception as error:  # as of `load_processor`
+        raise UserError(f"{directory} holds no whole tokenizer ({first_line(error)}); download it again") from error
     return tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
@@ -91,8 +92,3 @@ def require_directory(directory: Path) -> None:
         raise UserError(
             f"{directory} does not exist; give a FLUX.1-dev directory with its text encoders and tokenizers"
         )
-
-
-def first_line(error: Exception) -> str:
-    """What a library's error says, without the pages of advice that follow."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -28,13 +28,17 @@ class Parser(argparse.ArgumentParser):
         self.register("type", Path, lambda text: Path(os.path.expanduser(text)))
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        # Commands inside have options of their own; argparse shows no help while it takes positional arguments apart.
-        if self._subparsers is not None or {"-h", "--help"} & set(sys.argv[1:] if args is None else args):
+        # Commands inside have options of their own; argparse shows no help while it takes positional arguments apart,
+        # and forgets that what stands behind `--` is no option.
+        if self._subparsers is not None or {"-h", "--help", "--"} & set(sys.argv[1:] if args is None else args):
             return super().parse_args(args, namespace)
         return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").replace(": is ", " is ", 1)
+        option, _, what = message.partition(": ")
+        if what == "expected one argument":  # the next word, if any, is taken for an option
+            message += f", and a value that begins with a dash is given as {option.split('/')[-1]}=-value"
         raise UserError(f"{message}; `{self.prog} --help` says more")
 
 

@@ -21,3 +21,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; valid: {', '.join(valid)}" if valid else ""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, without the pages of advice that follow."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import VaeGeometry
-from nexus_gen.specs.kinds import TITLES, require_kind
+from nexus_gen.specs.kinds import require_kind, titled
 from nexus_gen.specs.layouts import Shape, vae_sources
+from nexus_gen.specs.processor_files import missing_processor_files, unfit_processor
 from nexus_gen.specs.shapes import Differences, Weights, differences, read_config, recognise, vae_shapes
 
 
@@ -17,13 +18,24 @@ def require_autoregressive(directory: Path, shapes: Mapping[str, Shape]) -> Weig
     """What a checkpoint's headers say; UserError when they do not fit its config.json."""
     weights = recognise(shapes, directory, read_config(directory))
     if weights.kind != "autoregressive":
-        raise UserError(f"{directory} holds a {TITLES[weights.kind]}; give the directory of a Qwen2.5-VL model")
+        raise UserError(f"{directory} holds {titled(weights.kind)}; give the directory of a Qwen2.5-VL model")
     problems = weights.differences.sentences()
     if problems:
         raise UserError(
             f"the weights in {directory} do not fit its config.json: {', '.join(problems)}; copy them again"
         )
     return weights
+
+
+def require_processor(directory: Path) -> None:
+    """UserError unless a checkpoint has a tokenizer and a processor, and those of this model."""
+    for problem in missing_processor_files(directory):
+        raise UserError(f"{directory} holds {problem}; copy them from the checkpoint that it was trained from")
+    if problems := unfit_processor(directory):
+        raise UserError(
+            f"the tokenizer and processor in {directory} do not fit its model: {'; '.join(problems)}; copy them from "
+            "the checkpoint that it was trained from"
+        )
 
 
 def require_vae(path: Path, file: Mapping[str, Shape], geometry: VaeGeometry) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.layouts import Kind, Layout
@@ -30,6 +31,13 @@ SIGNS: list[tuple[str, Kind, Layout]] = [
     ("model.language_model.", "autoregressive", "nexus-gen"),
     ("model.layers. model.embed_tokens.", "autoregressive", "released"),
 ]
+TextEncoder = Literal["CLIP", "T5"]
+# By a key that every file of FLUX's text encoders has. They are read from their folders of a FLUX.1-dev directory only.
+TEXT_SIGNS: dict[str, TextEncoder] = {
+    "embeddings.token_embedding.weight": "CLIP",
+    "text_model.embeddings.token_embedding.weight": "CLIP",
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "T5",
+}
 # Of checkpoints of whole pipelines in one file, as ComfyUI and its forerunners save them.
 PIPELINE_PARTS = (
     "model.diffusion_model.",
@@ -55,6 +63,12 @@ def kind_of(names: Iterable[str], where: Path) -> tuple[Kind, Layout]:
     found = signs_in(names)
     if found is not None:
         return found
+    encoder = text_encoder_of(names)
+    if encoder is not None:
+        raise UserError(
+            f"{where} holds a {encoder} text encoder, which is read as it is from the FLUX.1-dev directory that it "
+            "belongs to; give the weights of a model here"
+        )
     parts = [part for part in PIPELINE_PARTS if any(name.startswith(part) for name in names)]
     if len(parts) > 1:
         raise UserError(
@@ -65,19 +79,29 @@ def kind_of(names: Iterable[str], where: Path) -> tuple[Kind, Layout]:
         hidden = signs_in(inner)
         if hidden is not None:
             raise UserError(
-                f"all keys of {where} begin with `{prefix}`, and without it they are those of a {TITLES[hidden[0]]}; "
+                f"all keys of {where} begin with `{prefix}`, and without it they are those of {titled(hidden[0])}; "
                 "save the state dict of the module that it names"
             )
     raise UserError(f"{where} holds no model known here; its first keys are {first_of(names) or 'none'}")
+
+
+def titled(kind: str) -> str:
+    """`a FLUX transformer`, `an editing decoder`."""
+    return f"a{'n' if TITLES[kind][0] in 'ae' else ''} {TITLES[kind]}"
 
 
 def require_kind(names: Iterable[str], where: Path, *kinds: str) -> Layout:
     """The layout of a file that must be of one of `kinds`; UserError when it is something else."""
     kind, layout = kind_of(names, where)
     if kind not in kinds:
-        wanted = " or ".join(TITLES[each] for each in kinds)
-        raise UserError(f"{where} holds a {TITLES[kind]} where a {wanted} is needed")
+        wanted = " or ".join(map(titled, kinds))
+        raise UserError(f"{where} holds {titled(kind)} where {wanted} is needed")
     return layout
+
+
+def text_encoder_of(names: Iterable[str]) -> TextEncoder | None:
+    """Which of FLUX's text encoders has tensors of these names."""
+    return next((TEXT_SIGNS[name] for name in names if name in TEXT_SIGNS), None)
 
 
 def signs_in(names: Iterable[str]) -> tuple[Kind, Layout] | None:

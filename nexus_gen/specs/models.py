@@ -12,6 +12,7 @@ from nexus_gen.specs.artifact import MANIFEST, Manifest
 from nexus_gen.specs.content import CONTENTS
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, LanguageGeometry, VisionGeometry
+from nexus_gen.specs.kinds import kind_of
 from nexus_gen.specs.shapes import target_tokens
 from nexus_gen.specs.tensor_headers import read_checkpoint
 from nexus_gen.specs.weight_files import BIN, SAFETENSORS, has_weights
@@ -96,15 +97,20 @@ class ModelPaths:
 
         decoder_flag: by which the command takes decoder_path.
         """
+        remedy = (
+            "give the directory of a Qwen2.5-VL model"
+            if autoregressive
+            else (f"finish stage=pretrain of {run}, or give --autoregressive")
+        )
         autoregressive = autoregressive or run / "pretrain" / "artifact"
         if not (autoregressive / "config.json").is_file():
             if not run.is_dir() and run in autoregressive.parents:
                 raise UserError(
                     f"{run} is not a run directory; finished runs are under runs/, or give --autoregressive"
                 )
-            raise UserError(
-                f"{autoregressive} holds no checkpoint; finish stage=pretrain of {run}, or give --autoregressive"
-            )
+            if has_weights(autoregressive):
+                kind_of(read_checkpoint(autoregressive).tensors, autoregressive)  # says so of a LoRA
+            raise UserError(f"{autoregressive} holds no checkpoint with its config.json; {remedy}")
         trained = trained_details(autoregressive)
         max_pixels = trained.get("max_pixels", RELEASED_MAX_PIXELS)
         consistent = trained.get("consistent_edit_scale", False)

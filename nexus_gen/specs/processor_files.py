@@ -1,4 +1,4 @@
-"""Where an autoregressive checkpoint keeps what reads text and pictures, and what of it is missing. No torch."""
+"""Where an autoregressive checkpoint keeps what reads text and pictures; what of it is missing or unfit. No torch."""
 
 import json
 import os
@@ -6,8 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.shapes import read_config
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+# Of the image processor -> of config.json's vision_config: how pictures are cut into patches.
+PATCHES = {"patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
+# Of the tokenizer -> of config.json: the model finds pictures by their ids.
+MARKS = {
+    "<|image_pad|>": "image_token_id",
+    "<|video_pad|>": "video_token_id",
+    "<|vision_start|>": "vision_start_token_id",
+    "<|vision_end|>": "vision_end_token_id",
+}
 
 
 def processor_directory(autoregressive: str | os.PathLike[str]) -> Path:
@@ -49,3 +59,38 @@ def missing_processor_files(autoregressive: str | os.PathLike[str]) -> list[str]
     if not lacks("vocab.json") and lacks("tokenizer.json", "merges.txt"):
         lacking.append("merges.txt")
     return [f"no {', '.join(lacking)}: text and pictures cannot be read"] if lacking else []
+
+
+def unfit_processor(autoregressive: str | os.PathLike[str]) -> list[str]:
+    """Where a checkpoint's tokenizer and processor do not fit its config.json, as sentences.
+
+    Raises UserError for configs that are unreadable.
+    """
+    config = read_config(Path(autoregressive)) or {}
+    problems = []
+    found = image_processor_config(autoregressive)
+    if found is not None:
+        path, values = found
+        vision = config.get("vision_config") or {}
+        problems += [
+            f"{path.name} has {name} {values[name]} and config.json {field} {vision[field]}"
+            for name, field in PATCHES.items()
+            if name in values and field in vision and values[name] != vision[field]
+        ]
+    path = processor_directory(autoregressive) / "tokenizer.json"
+    if path.is_file():
+        try:
+            tokenizer = json.loads(path.read_text(encoding="utf-8"))
+            ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+            largest = max((*ids.values(), *tokenizer["model"]["vocab"].values()), default=0)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return [*problems, f"{path.name} cannot be read ({error!r})"]
+        problems += [
+            f"{path.name} has {mark} at {ids[mark]} and config.json {field} {config[field]}"
+            for mark, field in MARKS.items()
+            if mark in ids and field in config and ids[mark] != config[field]
+        ]
+        rows = (config.get("text_config") or config).get("vocab_size")
+        if isinstance(rows, int) and largest >= rows:
+            problems.append(f"{path.name} has ids up to {largest} and the model {rows} embeddings")
+    return problems

@@ -22,7 +22,7 @@ from nexus_gen.specs.geometry import (
     VaeGeometry,
     VisionGeometry,
 )
-from nexus_gen.specs.kinds import NAMED_KEYS, kind_of
+from nexus_gen.specs.kinds import NAMED_KEYS, kind_of, titled
 from nexus_gen.specs.layouts import (
     ADDED_KEYS,
     PREFILL_KEY,
@@ -241,9 +241,15 @@ def recognise(file: Mapping[str, Shape], where: Path, config: dict[str, Any] | N
         geometry, shapes, sources = measure(file, kind, layout, config)
     except KeyError as error:
         what = "key" if kind != "autoregressive" else "config field or key"
-        raise UserError(f"{where} is a {kind} that lacks the {what} {error}, by which its size is told") from error
+        raise UserError(
+            f"{where} holds keys of {titled(kind)} and lacks the {what} {error}, by which its size is known; give "
+            "the whole model"
+        ) from error
     except (ValueError, TypeError, ZeroDivisionError, AttributeError) as error:
-        raise UserError(f"{where} is a {kind} whose shapes make no sense ({error})") from error
+        what = "shapes" if kind != "autoregressive" else "a config.json or shapes"
+        raise UserError(
+            f"{where} holds keys of {titled(kind)} and {what} that fit none ({error}); download it again"
+        ) from error
     return Weights(kind, layout, geometry, shapes, sources, differences(file, shapes, sources))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # In front of every name: DataParallel's, DDP's and DeepSpeed's; ComfyUI's transformer; its autoencoder.
 PREFIXES = ("module.", "model.diffusion_model.", "diffusion_model.", "first_stage_model.")
-LORA = re.compile(r"(?:^|[._])(?:lora|lokr|loha|hada|dora|lycoris)(?:[._0-9A-Z]|$)")
+LORA = re.compile(r"(?:^|[._])(?:g?lora|lokr|loha|hada|dora|b?oft|lycoris)(?:[._0-9A-Z]|$)|\.diff(?:_b)?$")
 # Parts of the names of scales and tables beside quantised weights.
 QUANTISED = {
     **dict.fromkeys(("scaled_fp8", "scale_weight", "scale_input"), "ComfyUI's scaled float8"),

@@ -6,13 +6,13 @@ Keys are those of transformers' CLIPTextModel and T5EncoderModel in memory.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.kinds import TextEncoder
 from nexus_gen.specs.layouts import Shape, Source, Sources
 from nexus_gen.specs.shapes import Differences, Shapes, differences, linear, norm
 
-TextEncoder = Literal["CLIP", "T5"]
 FOLDERS: dict[TextEncoder, tuple[str, str]] = {  # of a FLUX.1-dev directory: weights, tokenizer
     "CLIP": ("text_encoder", "tokenizer"),
     "T5": ("text_encoder_2", "tokenizer_2"),

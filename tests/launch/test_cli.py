@@ -108,7 +108,7 @@ def test_help_and_config_errors_import_no_torch(arguments: list[str]) -> None:
         (["run", "stage=shapes", "name="], "name is empty; a run is called something"),
         (["run", "~stage"], "'~stage' takes a key away, and every stage needs its keys"),
         (["run", "stage=pretrain", "data=1"], "'data=1' names no file of configs/data/; valid: messages, shapes"),
-        (["run", "stage=shapes", "runs_dir=/dev/null"], "/dev/null/tiny/shapes/log: Not a directory; mend that"),
+        (["run", "stage=shapes", "runs_dir=/dev/null"], "/dev/null/tiny/shapes/log: Not a directory; fix that"),
         (["generate", "--prompt", "x", "--seed", f"{1 << 70}"], "it must be 9223372036854775807 at most"),
         (["data", "check", "x.jsonl", "--report", "."], "--report . is a directory; give the file to write"),
         (["run", "stage=pretrain", "launch.partition=gpu"], "launch.partition has no effect with launch.kind local"),

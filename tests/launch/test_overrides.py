@@ -118,6 +118,7 @@ def test_what_an_error_says_to_type_can_be_pasted(path: str) -> None:
         ("data.quarantine=[a,,b]", "has a comma with nothing in front of it"),
         ("trainer.max_steps=a b(", r"cannot be read; trainer\.max_steps must be a whole number"),
         ("trainer.max_steps=1,2", "is a sweep"),
+        ("pretrain.optim.betas=0.9,0.95", r"^optim\.betas takes a list: pretrain\.optim\.betas=\[0\.9,0\.95\]$"),
         ("trainer.max_steps=2.5", r"^trainer\.max_steps: Value '2\.5'"),
         ("trainer.max_steps=true", r"^trainer\.max_steps: Value 'True'"),
         ("trainer.max_steps=nan", r"^trainer\.max_steps: Value 'nan'"),
@@ -156,6 +157,15 @@ def test_a_pipeline_takes_them_for_all_stages_and_for_one(tmp_path: Path, monkey
     assert configs["embed_editing"].inputs()["data.train"] == tmp_path / "c,d"
     where = configs["editing_decoder"].inputs()["init.transformer"]  # ${runs_dir} and ${name} of configs/ are meant
     assert where == Path("/a=b") / NAMES[14] / "generation_decoder" / "artifact"
+
+
+@pytest.mark.parametrize("name", ["x [1]", "[a-b]", "what?", "*", "**", "[0-9]*.jsonl"])
+def test_a_pipeline_begins_under_a_name_that_looks_like_a_pattern(name: str, tmp_path: Path) -> None:
+    """What its later stages read is not there yet; it is no pattern without files either."""
+    given = [Override.parse(text) for text in (f"name={name}", f"runs_dir={tmp_path}")]
+    inputs = [config.inputs() for config in compose_pipeline("tiny", given)]
+    rows = {where for stage in inputs for role, where in stage.items() if role == "data.train"}
+    assert rows == {tmp_path / name / "shapes" / "artifact" / "train.jsonl"}
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,12 @@ def test_a_job_names_its_config_and_log_whatever_they_are_called(name: str, tmp_
     assert {"PYTHONSAFEPATH=1", f"PYTHONPATH={python_variables()['PYTHONPATH']}"} <= set(variables)
 
 
-def test_slurm_takes_no_backslash_in_a_log(tmp_path: Path) -> None:
+def test_slurm_takes_no_backslash_and_no_line_break_in_a_log(tmp_path: Path) -> None:
     config = stage("a\\b", f"runs_dir={tmp_path}", "launch=slurm")
     with pytest.raises(UserError, match="with its backslash; give another name or runs_dir"):
+        slurm_script(config.launch, config.run_dir / "config.yaml")
+    config = stage("a", f"runs_dir={tmp_path}/two\nlines", "launch=slurm")
+    with pytest.raises(UserError, match="with its line break; give another name or runs_dir"):
         slurm_script(config.launch, config.run_dir / "config.yaml")
     assert for_sbatch("gpu") == "gpu"
 

@@ -22,7 +22,7 @@ from nexus_gen.inspection import inspect
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import LanguageGeometry, VisionGeometry
 from nexus_gen.specs.layouts import ADDED_KEYS
-from nexus_gen.specs.models import target_tokens_of
+from nexus_gen.specs.models import SHIPPED_RUN, target_tokens_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ar"
 TOKENS = SpecialTokenIds(image=90, video=91, vision_start=92, vision_end=93, end_of_turn=94, padding=95)
@@ -222,3 +222,11 @@ def test_a_tower_that_does_not_fit_is_named(copy: Path) -> None:
 def test_a_missing_processor_is_named(copy: Path) -> None:
     with pytest.raises(UserError, match="holds no readable tokenizer and processor"):
         load_processor(copy)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"added_tokens": [], "model": {"type": "of a later version"}}', "{"])
+def test_a_tokenizer_that_the_library_cannot_read_is_named(tmp_path: Path, text: str) -> None:
+    shutil.copytree(SHIPPED_RUN / "pretrain" / "artifact", tmp_path / "qwen")
+    (tmp_path / "qwen" / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match="qwen holds no readable tokenizer and processor"):
+        load_processor(tmp_path / "qwen")

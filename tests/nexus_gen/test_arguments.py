@@ -52,6 +52,11 @@ def test_options_stand_anywhere(words: tuple[str, ...]) -> None:
     assert (found.run, found.words, found.flag, found.count) == (Path("a"), ["b", "c"], True, 3)
 
 
+def test_what_stands_behind_two_dashes_is_no_option() -> None:
+    found = parsed("--count", "3", "--", "-odd.jsonl", "--flag", "--help")
+    assert (found.run, found.words, found.flag, found.count) == (Path("-odd.jsonl"), ["--flag", "--help"], False, 3)
+
+
 def test_defaults_stay_where_nothing_is_given() -> None:
     found = parsed("--flag")
     assert (found.run, found.words) == (Path("shipped"), [])
@@ -66,8 +71,11 @@ def test_home_is_expanded_where_the_shell_does_not(monkeypatch: pytest.MonkeyPat
 def test_what_argparse_finds_wrong_is_one_sentence() -> None:
     with pytest.raises(UserError, match=r"^unrecognized arguments: --flog; `nexus-gen try --help` says more$"):
         parsed("--flog")
-    with pytest.raises(UserError, match=r"^--count: expected one argument; "):
+    with pytest.raises(UserError, match=r"^--count: expected one argument, and "):
         parsed("--count")
+    with pytest.raises(UserError, match="begins with a dash is given as --where=-value; "):
+        parsed("--where", "-odd")
+    assert parsed("--where=-odd").where == Path("-odd")
 
 
 @pytest.mark.parametrize("words", [("--help",), ("a", "-h"), ("a", "--flag", "b", "--help")])

@@ -112,6 +112,27 @@ FLUX = "standins/artifact/FLUX.1-dev"
     ("path", "change", "message"),
     [
         ("pretrain/artifact/tokenizer_config.json", None, "holds no tokenizer_config.json"),
+        (
+            "pretrain/artifact/preprocessor_config.json",
+            lambda p: p.update(patch_size=14),
+            "do not fit its model: preprocessor_config.json has patch_size 14 and config.json patch_size 4",
+        ),
+        (
+            "pretrain/artifact/preprocessor_config.json",
+            lambda p: p.update(merge_size=4),
+            "merge_size 4 and config.json spatial_merge_size 2",
+        ),
+        (
+            "pretrain/artifact/tokenizer.json",
+            lambda t: next(a for a in t["added_tokens"] if a["content"] == "<|image_pad|>").update(id=77),
+            r"tokenizer\.json has <.image_pad.> at 77 and config.json image_token_id 947",
+        ),
+        (
+            "pretrain/artifact/tokenizer.json",
+            lambda t: t["model"]["vocab"].update(word=151_000),
+            "ids up to 151000 and the model 1024 embeddings",
+        ),
+        ("pretrain/artifact/tokenizer.json", lambda t: t.clear(), "tokenizer.json cannot be read .KeyError"),
         ("pretrain/artifact/model.safetensors", lambda t: t.pop("model.norm.weight"), r"1 missing key \(model\.norm"),
         (
             "generation_decoder/artifact/manifest.json",
@@ -161,6 +182,18 @@ def test_what_does_not_belong_together_is_said_before_anything_loads(
     assert main(["generate", "--run", str(run), "--prompt", "a red circle", "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_the_error_knows_whether_the_checkpoint_was_given(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"finish stage=pretrain of .*, or give --autoregressive"):
+        ModelPaths.find(tmp_path, decoder=None)
+    with pytest.raises(UserError, match=r"holds no checkpoint with its config\.json; give the directory of a Qwen2"):
+        ModelPaths.find(tmp_path, decoder=None, autoregressive=tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"is a LoRA .* merge it into the model that it was trained on"):
+        ModelPaths.find(tmp_path, decoder=None, autoregressive=tmp_path)
 
 
 def test_a_decoder_that_would_run_code_is_refused_at_once(run: Path, tmp_path: Path) -> None:

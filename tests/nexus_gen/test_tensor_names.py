@@ -119,6 +119,8 @@ LORAS = {
     "XLabs": ["double_blocks.0.processor.proj_lora1.down.weight"],
     "ComfyUI": ["diffusion_model.double_blocks.0.img_attn.proj.lora_up.weight"],
     "LyCORIS": ["lycoris_transformer_blocks_0_attn_to_q.lokr_w1"],
+    "differences": ["diffusion_model.double_blocks.0.img_attn.proj.diff", "diffusion_model.img_in.diff_b"],
+    "orthogonal": ["oft_unet_double_blocks_0_img_attn_proj.oft_diag"],
     "of a language model": ["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"],
 }
 
@@ -149,6 +151,8 @@ def test_a_model_with_stray_lora_keys_is_no_lora() -> None:
         (["model.diffusion_model.double_blocks.0.x", "vae.encoder.x"], "holds several models in one file"),
         (["net.double_blocks.0.x", "net.img_in.weight"], "begin with `net.`, and without it .* FLUX transformer"),
         (["state.ema.encoder.down.0.x"], "begin with `state.ema.`, and without it .* FLUX autoencoder"),
+        (["double_blocks.0.img_attn.qkv.bias"], r"keys of a FLUX transformer and lacks the key 'img_in\.weight'"),
+        (["model.language_model.norm.weight"], "keys of an autoregressive model and lacks the .* 'config.json'"),
     ],
 )
 def test_what_is_not_read_is_named(tmp_path: Path, names: list[str], message: str) -> None:

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+from nexus_gen.convert import convert
+from nexus_gen.inspection import inspect
 from nexus_gen.specs.errors import UserError
 from nexus_gen.text_encoders import encode_context, encode_pooled, encode_prompt, tokenize
 
@@ -80,7 +82,7 @@ def test_incomplete_directories_are_refused(flux_dir, tmp_path):
     with pytest.raises(UserError, match=r"tokenizer_2 does not exist; give a FLUX\.1-dev directory"):
         encode_prompt(tmp_path, "", torch.float32)
     (tmp_path / "tokenizer_2").mkdir()
-    with pytest.raises(UserError, match=r"tokenizer_2 does not hold a whole tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer_2 holds no whole tokenizer"):
         encode_prompt(tmp_path, "", torch.float32)
     (tmp_path / "tokenizer").symlink_to(flux_dir / "tokenizer")
     encoder = tmp_path / "text_encoder"
@@ -157,3 +159,21 @@ def test_a_stale_file_beside_shards_is_refused(flux_dir, tmp_path):
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="holds two sets of weights"):
         encode_pooled(directory.parent, "", torch.float32)
+
+
+@pytest.mark.parametrize(("encoder", "folder"), [("CLIP", "text_encoder"), ("T5", "text_encoder_2")])
+def test_a_text_encoder_by_itself_says_what_it_is(flux_dir: Path, tmp_path: Path, encoder: str, folder: str) -> None:
+    report = inspect(flux_dir / folder)
+    tensors = load_file(flux_dir / folder / "model.safetensors")
+    assert report.what == f"{encoder} text encoder" and report.whole
+    assert report.parameters == sum(tensor.numel() for tensor in tensors.values())
+    alone = tmp_path / "some.safetensors"  # as ComfyUI keeps them
+    save_file({key: tensor for key, tensor in tensors.items() if "q" not in key.split(".")}, alone)
+    assert inspect(alone).what == f"{encoder} text encoder"
+    assert inspect(alone).problems == ["no config.json beside it, by which its size is known"]
+    shutil.copyfile(flux_dir / folder / "config.json", tmp_path / "config.json")
+    tensors.pop(next(key for key in tensors if key.endswith("norm.weight") or "final" in key))
+    save_file(tensors, alone)
+    assert inspect(alone).problems[0].startswith("1 missing key (")
+    with pytest.raises(UserError, match=f"some.safetensors holds a {encoder} text encoder, which is read as it is"):
+        convert(alone, tmp_path / "other.safetensors", "released")

@@ -29,4 +29,5 @@ def test_a_file_or_a_folder_of_captions_counts_itself_and_several_files_each(tmp
     assert inputs(tmp_path / "data") == numbered
     assert inputs(tmp_path / "data" / "train-*.tar") == numbered
     assert inputs(mixture) == {"data.train": mixture, **numbered, "data.train[2]": photos}
-    assert inputs(tmp_path / "gone.jsonl") == {"data.train": tmp_path / "gone.jsonl"}
+    for gone in ("gone.jsonl", "gone-*.jsonl", "[run]/train.jsonl"):
+        assert inputs(tmp_path / gone) == {"data.train": tmp_path / gone}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from data.dataset_files import is_pattern
+from data.dataset_files import is_there
 from data.embedding_plan import ROWS, SplitRows
 from data.mixture import check_dataset, load_mixture
 from data.pictures import PictureHashes, fingerprint_pictures, named_pictures
@@ -19,7 +19,7 @@ from data.shards import EMBED_DTYPES, ShardSpec, require_global_batch
 from nexus_gen.specs.artifact import Manifest
 from nexus_gen.specs.content import CONTENTS
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.fit import require_autoregressive, require_vae
+from nexus_gen.specs.fit import require_autoregressive, require_processor, require_vae
 from nexus_gen.specs.geometry import (
     NUM_REFERENCE_TOKENS,
     FluxGeometry,
@@ -654,7 +654,7 @@ def message_inputs(data: TrainRowsConfig) -> dict[str, Path]:
     inputs = {}
     for role in data.splits:
         where = Path(getattr(data, role))
-        files = load_mixture(where).files if where.exists() or is_pattern(where) else [where]
+        files = load_mixture(where).files if is_there(where) else [where]
         if where.is_file() or files == [where]:
             inputs[f"data.{role}"] = where
         inputs |= {f"data.{role}[{n}]": file for n, file in enumerate(files) if file != where}
@@ -703,9 +703,13 @@ def require_checkpoint(key: str, directory: str | os.PathLike[str]) -> dict[str,
 
 
 def require_whole(checkpoint: Path) -> None:
-    """UserError when a checkpoint's weights do not fit its config.json: some stages read them before they load them."""
+    """UserError when a checkpoint's weights, tokenizer or processor do not fit its config.json.
+
+    Some stages read them before they load them.
+    """
     if has_weights(checkpoint):  # the loader names a directory that holds none
         require_autoregressive(checkpoint, read_checkpoint(checkpoint).shapes)
+        require_processor(checkpoint)
 
 
 # In the order in which pipelines run them, which is how they are listed.
