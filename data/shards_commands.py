@@ -45,7 +45,7 @@ NUM_NEIGHBOURS = 5
 
 
 def parser() -> Parser:
-    result = Parser(prog="nexus-gen shards", description="Check, mend, measure and show shards.")
+    result = Parser(prog="nexus-gen shards", description="Check, repair, measure and show shards.")
     commands = result.add_subparsers(dest="command", required=True)
     helps = {
         "verify": "check sums, members, counts, shapes and values; exit status 1 when something is wrong",

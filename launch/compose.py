@@ -17,7 +17,7 @@ from train.schemas.stages import SCHEMAS, StageConfig
 
 # Sections that describe more than one stage reads; a stage takes its part of them.
 SHARED = ("model", "data", "logger")
-# ${checkout:PATH} in configs/: what ships is found wherever a command is started.
+# ${checkout:PATH} in configs/: shipped weights are found wherever a command is started.
 OmegaConf.register_new_resolver("checkout", lambda path: str(CHECKOUT / path), replace=True)
 
 

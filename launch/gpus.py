@@ -33,7 +33,7 @@ def num_gpus() -> int:
 
 
 def uses_gpus(launch: LaunchConfig) -> bool:
-    """Whether the processes of a stage run on GPUs. A Slurm job is asked for them, whatever this machine has."""
+    """Whether the processes of a stage run on GPUs. A Slurm job requests them, whatever this machine has."""
     return launch.device != "cpu" and (launch.kind == "slurm" or num_gpus() > 0)
 
 

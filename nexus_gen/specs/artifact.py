@@ -26,7 +26,7 @@ from nexus_gen.specs.results import aside
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-LARGE = 1 << 24  # bytes of a file whose size is asked for before it is read
+LARGE = 1 << 24  # bytes of a file whose size is compared before it is read
 
 
 @dataclass

@@ -25,7 +25,7 @@ OTHER_AREA = 2.0  # times more or fewer pixels than a decoder was trained at, wh
 class Frame:
     """How a picture of one size is edited by a decoder that paints another.
 
-    source: of the input. aspect: one of ASPECTS, or `given` for a size that was asked for. painted: by the
+    source: of the input. aspect: one of ASPECTS, or `given` for a requested size. painted: by the
     decoder. result: what is made of that.
     """
 
