@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from nexus_gen.flux import FluxTransformer
+from nexus_gen.specs.fit import require_flux_latents
 from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry
 from nexus_gen.specs.kinds import require_kind
 from nexus_gen.specs.layouts import (
@@ -61,6 +62,7 @@ def load_vae(
     layout = require_kind(files, files.path, "vae")
     with torch.device("meta"):
         model = FluxVae(geometry)
+    require_flux_latents(files.path)
     load_strictly(model, files, vae_sources(model.state_dict(), geometry, layout), dtype)
     return model
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from nexus_gen.inspection import headers_of, weights_of
 from nexus_gen.specs.artifact import MANIFEST, Manifest, building, seal, write_text_atomic
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import VaeGeometry
+from nexus_gen.specs.geometry import LATENT_SCALE, LATENT_SHIFT, VaeGeometry
 from nexus_gen.specs.kinds import NAMED_KEYS
 from nexus_gen.specs.layouts import (
     TARGETS,
@@ -248,8 +248,8 @@ def diffusers_config(plan: Plan) -> dict[str, Any] | None:
         "mid_block_add_attention": True,
         "norm_num_groups": released["vae"]["norm_groups"],
         "sample_size": 1024,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
+        "scaling_factor": LATENT_SCALE,
+        "shift_factor": LATENT_SHIFT,
         "use_post_quant_conv": False,
         "use_quant_conv": False,
     }

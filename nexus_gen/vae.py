@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nexus_gen.compat import ensure_torchvision
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import VaeGeometry
+from nexus_gen.specs.geometry import LATENT_SCALE, LATENT_SHIFT, VaeGeometry
 
 ensure_torchvision()
 
@@ -21,8 +21,6 @@ from diffsynth.models.flux_vae import (  # noqa: E402
 )
 
 LATENT_CHANNELS = 16  # written into diffsynth's encoder, which keeps the first 16 of 32 output channels: the mean
-SHIFT = 0.1159
-SCALE = 0.3611
 NORM_EPS = 1e-6
 
 
@@ -32,7 +30,7 @@ class SizedVaeEncoder(FluxVAEEncoder):
     def __init__(self, geometry: VaeGeometry) -> None:
         nn.Module.__init__(self)
         channels, groups = geometry.channels, geometry.norm_groups
-        self.shift_factor, self.scaling_factor = SHIFT, SCALE
+        self.shift_factor, self.scaling_factor = LATENT_SHIFT, LATENT_SCALE
         self.conv_in = nn.Conv2d(3, channels[0], kernel_size=3, padding=1)
         blocks: list[nn.Module] = []
         width = channels[0]
@@ -54,7 +52,7 @@ class SizedVaeDecoder(FluxVAEDecoder):
     def __init__(self, geometry: VaeGeometry) -> None:
         nn.Module.__init__(self)
         channels, groups = geometry.channels[::-1], geometry.norm_groups
-        self.shift_factor, self.scaling_factor = SHIFT, SCALE
+        self.shift_factor, self.scaling_factor = LATENT_SHIFT, LATENT_SCALE
         width = channels[0]
         self.conv_in = nn.Conv2d(LATENT_CHANNELS, width, kernel_size=3, padding=1)
         blocks = middle(width, groups)

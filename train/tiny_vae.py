@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import VaeGeometry
+from nexus_gen.specs.geometry import LATENT_SCALE, LATENT_SHIFT, VaeGeometry
 from nexus_gen.specs.images import channels_first
-from nexus_gen.vae import SCALE, SHIFT, DownSampler, FluxVae, ResnetBlock, UpSampler, VAEAttentionBlock
+from nexus_gen.vae import DownSampler, FluxVae, ResnetBlock, UpSampler, VAEAttentionBlock
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +94,9 @@ def initialise(vae: FluxVae) -> None:
             for block in module.transformer_blocks:
                 nn.init.zeros_(block.to_out.weight)
                 nn.init.zeros_(block.to_out.bias)
-    groups, gain = vae.geometry.norm_groups, COLOUR_GAIN / SCALE
-    carry_colours(vae.encoder, groups, gain_in=1.0, bias_in=0.0, gain_out=gain, bias_out=SHIFT)
-    carry_colours(vae.decoder, groups, gain_in=1 / gain, bias_in=-SHIFT / gain, gain_out=1.0, bias_out=0.0)
+    groups, gain = vae.geometry.norm_groups, COLOUR_GAIN / LATENT_SCALE
+    carry_colours(vae.encoder, groups, gain_in=1.0, bias_in=0.0, gain_out=gain, bias_out=LATENT_SHIFT)
+    carry_colours(vae.decoder, groups, gain_in=1 / gain, bias_in=-LATENT_SHIFT / gain, gain_out=1.0, bias_out=0.0)
 
 
 def carry_colours(coder: Any, groups: int, gain_in: float, bias_in: float, gain_out: float, bias_out: float) -> None:
@@ -147,12 +147,12 @@ def calibrate(vae: FluxVae, pictures: Tensor) -> None:
     last: Any = vae.encoder.conv_out
     first: Any = vae.decoder.conv_in
     channels = len(std)
-    raw_mean = SHIFT + mean / SCALE
-    last.bias[:channels] = (last.bias[:channels] - raw_mean) / std + SHIFT
+    raw_mean = LATENT_SHIFT + mean / LATENT_SCALE
+    last.bias[:channels] = (last.bias[:channels] - raw_mean) / std + LATENT_SHIFT
     last.weight[:channels] /= std[:, None, None, None]
-    # The old latent is std x (new - SHIFT) + raw_mean. A constant reaches the border's zero padding unequally, so the
-    # bias is exact inside the picture and all but exact at its edge.
-    first.bias += (first.weight.sum(dim=(2, 3)) * (raw_mean - std * SHIFT)).sum(dim=1)
+    # The old latent is std x (new - LATENT_SHIFT) + raw_mean. A constant reaches the border's zero padding unequally,
+    # so the bias is exact inside the picture and all but exact at its edge.
+    first.bias += (first.weight.sum(dim=(2, 3)) * (raw_mean - std * LATENT_SHIFT)).sum(dim=1)
     first.weight *= std[None, :, None, None]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.geometry import VaeGeometry
+from nexus_gen.specs.geometry import LATENT_SCALE, LATENT_SHIFT, VaeGeometry
 from nexus_gen.specs.kinds import require_kind, titled
 from nexus_gen.specs.layouts import Shape, vae_sources
 from nexus_gen.specs.processor_files import missing_processor_files, unfit_processor
@@ -44,6 +44,19 @@ def require_vae(path: Path, file: Mapping[str, Shape], geometry: VaeGeometry) ->
     layout = require_kind(file, path, "vae")
     found = differences(file, shapes, vae_sources(shapes, geometry, layout))
     require_same(path, found, "give the FLUX.1-dev directory that belongs to this geometry")
+    require_flux_latents(path)
+
+
+def require_flux_latents(path: Path) -> None:
+    """UserError for a folder whose config.json shifts or scales latents otherwise than FLUX: SD3's has its shapes."""
+    config = (read_config(path) if path.is_dir() else None) or {}
+    for name, ours in (("shift_factor", LATENT_SHIFT), ("scaling_factor", LATENT_SCALE)):
+        theirs = config.get(name, ours)
+        if theirs != ours:
+            raise UserError(
+                f"{path / 'config.json'} says {name} {theirs} where FLUX has {ours}: it is the autoencoder of another "
+                "model; give FLUX.1-dev's"
+            )
 
 
 def require_same(path: Path, found: Differences, remedy: str) -> None:

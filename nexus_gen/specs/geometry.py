@@ -14,6 +14,7 @@ NUM_REFERENCE_TOKENS = (REFERENCE_GRID // MERGE_SIZE) ** 2  # 324
 # Of a target image in the released models, and of whatever does not say: an autoregressive model says it by the rows of
 # `image_prefill_embeds`, shards and decoders by their manifests.
 RELEASED_TARGET_TOKENS = 81
+LATENT_SHIFT, LATENT_SCALE = 0.1159, 0.3611  # of FLUX: latents are (mean - shift) * scale
 
 
 def tokens_per_side(num_target_tokens: int) -> int:

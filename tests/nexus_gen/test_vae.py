@@ -1,13 +1,18 @@
 """The sized autoencoder: FLUX's keys and shapes, its shift and scale, and its sizes."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from diffsynth.models.flux_vae import FluxVAEDecoder, FluxVAEEncoder
 from tiny_decoders import FLUX_1_VAE, VAES, randomised
 
+from nexus_gen.checkpoints import load_vae, save_vae
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.fit import require_vae
+from nexus_gen.specs.tensor_headers import read_checkpoint
 from nexus_gen.vae import FluxVae
 
 
@@ -58,3 +63,20 @@ def test_images_that_do_not_divide_are_refused():
 def test_a_geometry_that_does_not_fit_together_is_refused(change, says):
     with pytest.raises(UserError, match=says):
         FluxVae(replace(VAES[0], **change))
+
+
+@pytest.mark.parametrize(("key", "value"), [("scaling_factor", 1.5305), ("shift_factor", 0.0609)])
+def test_an_autoencoder_of_the_same_shapes_and_another_scale_is_refused(key: str, value: float, tmp_path: Path) -> None:
+    """SD3's has FLUX's shapes; only its config.json tells them apart."""
+    save_vae(randomised(FluxVae(VAES[0])), tmp_path / "vae" / "diffusion_pytorch_model.safetensors", "diffusers")
+    config = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    load_vae(tmp_path / "vae", VAES[0], torch.float32)
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {key: value}))
+    headers = read_checkpoint(tmp_path / "vae").shapes
+    for use in (
+        lambda: load_vae(tmp_path / "vae", VAES[0], torch.float32),
+        lambda: require_vae(tmp_path / "vae", headers, VAES[0]),
+    ):
+        with pytest.raises(UserError, match=rf"config.json says {key} {value} where FLUX has .* another model"):
+            use()
