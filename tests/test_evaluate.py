@@ -100,7 +100,7 @@ def test_understanding_alone_needs_no_decoder(tiny_run: Path, tmp_path: Path) ->
     arguments = ["--autoregressive", tiny_run / "pretrain" / "artifact", "--num", "1", "--device", "cpu"]
     arguments += ["--rows", tiny_run / "shapes" / "artifact" / "heldout.jsonl"]
     refused = nexus_gen("evaluate", tmp_path, *arguments)
-    assert refused.returncode == 2 and "or give --editing-decoder\n" in refused.stderr
+    assert refused.returncode == 2 and "or give --generation-decoder\n" in refused.stderr
     printed = succeed("evaluate", tmp_path, *arguments, "--tasks", "understanding")
     page = (tmp_path / "evaluation" / "heldout" / "index.html").read_text(encoding="utf-8")
     assert ", 1 row<" in page and "1 rows" not in page

@@ -12,6 +12,7 @@ from runs import SMALLEST, copy_run, losses, nexus_gen, run_arguments, stage_arg
 from data.shards import index_shard
 from launch.compose import Override, compose_stage
 from launch.processes import Processes
+from nexus_gen.specs.artifact import Manifest, seal
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +50,8 @@ def test_a_mistake_that_one_rank_meets_ends_all_of_them(tiny_run: Path, tmp_path
     with open(shard, "r+b") as file:
         file.seek(offset)
         file.write(b"\xff" * 8)
+    artifact = run / "embed_generation" / "artifact"
+    seal(artifact, Manifest.load(artifact))  # the launcher would see what only the rank that reads the sample is to see
     ended = nexus_gen(*stage_arguments(run, "generation_decoder", TWO))
     assert ended.returncode == 2, ended.stderr
     assert "Traceback" not in ended.stderr

@@ -114,7 +114,7 @@ def test_help_and_config_errors_import_no_torch(arguments: list[str]) -> None:
         (["run", "stage=pretrain", "launch.partition=gpu"], "launch.partition has no effect with launch.kind local"),
         (["run", "stage=shapes", "shapes.num_colours=2"], "shapes.num_colours is 2; it must be from 3 to 8"),
         (["ablate", "target_inputs", "--run", str(SHIPPED_RUN)], "what ships lacks what training reads: give --run"),
-        (["generate", "--prompt", "x", "--run", "nowhere"], "finish stage=pretrain of nowhere"),
+        (["generate", "--prompt", "x", "--run", "nowhere"], "nowhere is not a run directory"),
         (["understand", "--prompt", "x", "--input-image", "no.png"], "--input-image no.png does not exist"),
         (["report", "nowhere"], "nowhere is not a run directory"),
         (["report", ".", "--num-samples", "-1"], "--num-samples is -1; it must be 0 or more"),

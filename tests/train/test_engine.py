@@ -230,7 +230,7 @@ def test_a_stage_trains_as_a_plain_loop_does_and_writes_its_artifact(inputs: Pat
         timeout=300,
     )
     assert again.returncode == 0 and "Traceback" not in again.stderr, again.stderr
-    assert f"{checkpoints[-1]} is damaged" in again.stderr and "repeats 1 steps" in again.stderr
+    assert f"{checkpoints[-1]} is damaged" in again.stderr and "repeats 1 step\n" in again.stderr
     load_decoder(trained, made.artifact_dir / "generation_decoder.safetensors")
     for name, tensor in trained.state_dict().items():
         torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-5, msg=name)
