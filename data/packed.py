@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Packed:
-    """Values by index, decoded when asked for."""
+    """Values by index, decoded on access."""
 
     def __init__(self) -> None:
         self._text, self._bounds = bytearray(), array("q", [0])

@@ -4,7 +4,7 @@ nexus-gen evaluate geneval runs/full --prompts evaluation_metadata.jsonl --outpu
 nexus-gen evaluate imgedit runs/full --edits basic_edit.json --images originals --output imgedit
 
 Either takes rows of our own dataset instead of the benchmark's file. Pictures that are there already are kept, so an
-interrupted command goes on, with the same models and settings. Sources: the repositories djghosh13/geneval and
+interrupted command resumes, with the same models and settings. Sources: the repositories djghosh13/geneval and
 PKU-YuanGroup/ImgEdit.
 """
 

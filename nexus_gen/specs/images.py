@@ -116,7 +116,7 @@ def _opened(source: str | os.PathLike[str] | EncodedImage | ImageMember) -> Iter
 
 @cache
 def _formats() -> list[str]:
-    """FORMATS without those whose decoder is not installed; PIL refuses to be asked for them."""
+    """FORMATS without those whose decoder is not installed; PIL refuses their names."""
     Image.init()
     with suppress(ImportError):  # an extra
         import pillow_heif

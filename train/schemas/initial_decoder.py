@@ -21,7 +21,7 @@ def require_initial_decoder(config: "DecoderConfig") -> None:
     """UserError when init.decoder or init.transformer was trained in another geometry than the config's.
 
     Weights do not show it all: heads and rotary axes leave no trace in them. Said but not refused is an objective that
-    holds positions, or sees the source, otherwise than the decoder that it goes on from.
+    holds positions, or sees the source, otherwise than the decoder that it starts from.
     """
     if config.init.transformer:
         found = find_decoder(Path(config.init.transformer), DECODER_KINDS, "init.transformer")
