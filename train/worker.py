@@ -4,6 +4,7 @@ With `--ahead DEVICE` it imports what the stage needs, before there is a config,
 """
 
 import argparse
+import atexit
 import contextlib
 import gc
 import importlib
@@ -121,7 +122,7 @@ def main(argv: list[str]) -> None:
         with contextlib.suppress(Exception):  # it happens again, and is told, when the stage runs
             import_stage(stage_dir.name, arguments.ahead)
         if not wait_for_word():
-            return
+            end_at_once()
     try:
         run(stage_dir, rank)
     except Exception as error:
@@ -129,6 +130,19 @@ def main(argv: list[str]) -> None:
         logging.shutdown()
         # Not sys.exit: what libraries do at exit waits for the other ranks, who wait for this one.
         os._exit(1)
+    end_at_once()
+
+
+def end_at_once() -> None:
+    """End this process with status 0 after the exit handlers, without Python's finalization.
+
+    Threads of native libraries may still be running then. A rank whose work was done, its artifact written, was seen
+    to die of SIGABRT ("terminate called without an active exception") while the interpreter was taken down.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
