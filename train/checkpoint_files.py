@@ -20,11 +20,10 @@ import torch.distributed
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.tensor_headers import read_header
+from train.schemas.checkpoints import COMPLETE, LISTING
 
 log = logging.getLogger(__name__)
 
-LISTING = "files.json"
-COMPLETE = "complete"  # an empty file in a checkpoint of swift's trainer, written when all ranks are done with it
 DAMAGED = "damaged-"  # before the name of a checkpoint that is set aside
 THREADS = 8  # that read files; checksums are taken outside the interpreter's lock
 CHUNK_BYTES = 1 << 22

@@ -23,8 +23,10 @@ from nexus_gen.text_encoders import encode_context, encode_pooled
 from train.checkpoint_files import set_damaged_aside
 from train.decoder_module import DecoderModule
 from train.decoder_monitor import DecoderMonitor
-from train.engine import checkpoint_step, complete_checkpoints, fit, gather_weights, latest_checkpoint
+from train.engine import fit, gather_weights, latest_checkpoint
 from train.metrics import MetricsLogger, latest
+from train.schemas.checkpoints import checkpoint_step, complete_checkpoints
+from train.schemas.lengths import continued
 from train.schemas.run_directory import CHECKPOINTS
 from train.schemas.stages import DecoderConfig, EditingDecoderConfig, require_checkpoint
 from train.stage import Stage
@@ -199,6 +201,7 @@ class DecoderStage(Stage[DecoderConfig]):
             "num_target_tokens": spec.num_target_tokens,
             "sampling": dataclasses.asdict(config.sampling),
             "steps": config.trainer.max_steps,
+            **continued(self.run_dir / CHECKPOINTS),
             # Throughput stays in metrics.jsonl: details enter the artifact's fingerprint.
             "metrics": {
                 **{name: value for name, value in metrics.items() if name.startswith("train/")},

@@ -6,7 +6,6 @@ Every process of a stage is started by torchrun, one alone too. Steps are optimi
 import logging
 import math
 import os
-import re
 import shutil
 import signal
 import time
@@ -26,12 +25,15 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import train.deepspeed_mends  # noqa: F401
 from nexus_gen.specs.errors import UserError
 from train.checkpoint_files import forget_damaged, write_listing
+from train.learning_rate import follow_plan
 from train.metrics import MetricsLogger
+from train.schemas.checkpoints import checkpoint_step, complete_checkpoints
 from train.schemas.common import OptimConfig, TrainerConfig
 from train.schemas.failures import after_death
 from train.schemas.run_directory import CHECKPOINTS
@@ -116,19 +118,9 @@ def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step_{step:08d}"
 
 
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints that were written to the end, oldest first; what people call `step_00000100.bak` is theirs."""
-    return sorted(path for path in directory.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
-
-
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """The one that training goes on from."""
     return next(iter(reversed(complete_checkpoints(run_dir / CHECKPOINTS))), None)
-
-
-def checkpoint_step(path: Path) -> int:
-    """The optimizer steps done before this checkpoint."""
-    return int(path.name.removeprefix("step_"))
 
 
 # ---- callbacks ----------------------------------------------------------------------------------------------------
@@ -186,6 +178,20 @@ class StepGuard(pl.Callback):
                 f"the loss of step {trainer.global_step + 1} is {self.loss}; training stopped before the optimizer "
                 "used it: lower optim.learning_rate, set optim.max_grad_norm, or look for broken samples in shards"
             )
+
+
+class NewPlan(pl.Callback):
+    """Lets a checkpoint be gone on from under another max_steps than it was written under."""
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        # That its last batch was the last one of all: `max_steps` says so, and Lightning would end at once.
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        for config in trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            assert isinstance(scheduler, LambdaLR)
+            follow_plan(scheduler)
 
 
 class StepMetrics(pl.Callback):
@@ -417,7 +423,7 @@ def fit(
         max_steps=trainer_config.max_steps,
         accumulate_grad_batches=accumulation,
         gradient_clip_val=optim.max_grad_norm or None,
-        callbacks=[guard, step_metrics, *averaging, *monitors, checkpoints],
+        callbacks=[guard, NewPlan(), step_metrics, *averaging, *monitors, checkpoints],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

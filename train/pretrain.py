@@ -38,21 +38,21 @@ from nexus_gen.specs.geometry import patches_per_side
 from train.checkpoint_files import set_damaged_aside
 from train.message_stream import MessageStream, Quarantine
 from train.metrics import MetricsLogger, latest
+from train.schemas.checkpoints import checkpoint_step, complete_checkpoints, tokens_seen
 from train.schemas.common import OptimConfig
 from train.schemas.failures import after_death
+from train.schemas.lengths import continued, shorter
 from train.schemas.run_directory import CHECKPOINTS, QUARANTINE
 from train.schemas.stages import PretrainConfig
 from train.stage import Stage
 from train.swift_callbacks import (
     Averaging,
     HeldoutLoss,
+    NewPlan,
     StepCheckpoints,
     StepGuard,
     StepMetrics,
-    checkpoint_step,
-    complete_checkpoints,
     remove_incomplete_checkpoints,
-    tokens_seen,
 )
 from train.swift_plugin import NAME
 from train.weight_average import WeightAverage
@@ -91,8 +91,12 @@ class PretrainStage(Stage[PretrainConfig]):
                 log.info("%s: %d rows = %d used + %d quarantined", split, *of_split)
         config = config.with_steps(mixture.epoch_rows)
         budget, before = config.data.token_budget, complete_checkpoints(checkpoints)
+        done = checkpoint_step(before[-1]) if before else 0
         if budget and before and tokens_seen(before[-1]) >= budget:  # only the artifact is missing
-            config = replace(config, trainer=replace(config.trainer, max_steps=checkpoint_step(before[-1])))
+            config = replace(config, trainer=replace(config.trainer, max_steps=done))
+        if done > config.trainer.max_steps:  # of epochs; the launcher compared what needs no rows to be counted
+            epochs = done * config.trainer.global_batch_size / mixture.epoch_rows
+            raise UserError(shorter(config.stage, "data.num_epochs", config.data.num_epochs, epochs))
         pipeline = PretrainPipeline(config, mixture, heldout, self.rank, self.world_size, self.device_type)
         pipeline.main()
         if not pipeline.finished:
@@ -112,6 +116,7 @@ class PretrainStage(Stage[PretrainConfig]):
                 "steps": pipeline.trainer.state.global_step,
                 "tokens": pipeline.guard.tokens_seen,
                 "rows": rows,
+                **continued(checkpoints),
                 # Throughput stays in metrics.jsonl: details enter the artifact's fingerprint.
                 "metrics": latest(self.run_dir, "train/") | latest(self.run_dir, "heldout/"),
             }
@@ -246,6 +251,7 @@ class PretrainPipeline(SwiftSft):
         trainer.save_model = lambda *args, **kwargs: None
         trainer.remove_callback(ProgressCallback)  # swift's; it prints every log as a dict
         trainer.add_callback(step_metrics)
+        trainer.add_callback(NewPlan())
         if config.average.decay:
             self.average = WeightAverage(self.model, config.average.decay, self.rank, self.world_size)
             trainer.add_callback(Averaging(self.average, directory))

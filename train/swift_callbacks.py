@@ -5,7 +5,6 @@ Steps are optimizer steps. Swift's trainer runs the loop and calls these. Legend
 
 import logging
 import math
-import re
 import shutil
 import signal
 import time
@@ -23,20 +22,19 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from data.messages import TASKS
 from nexus_gen.ar_generation import generated_embeddings
 from nexus_gen.autoregressive import IGNORE_INDEX, NexusGenForConditionalGeneration, NexusGenOutput
 from nexus_gen.specs.errors import UserError
-from train.checkpoint_files import COMPLETE, LISTING, forget_damaged, write_listing
+from train.checkpoint_files import forget_damaged, write_listing
+from train.learning_rate import follow_plan
 from train.metrics import MetricsLogger
+from train.schemas.checkpoints import COMPLETE, PREFIX, TOKENS_SEEN, begun_checkpoints, complete_checkpoints
 from train.schemas.common import HeldoutConfig, TrainerConfig
 from train.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
-
-TOKENS_SEEN = "tokens_seen"  # of a run, in its checkpoints
 
 
 class TaskSums:
@@ -407,6 +405,13 @@ class StepMetrics(TrainerCallback, ExportableState):
             self._bar.close()
 
 
+class NewPlan(TrainerCallback):
+    """Lets the learning rate follow the schedule of now; behind StepMetrics, which brings the tokens seen back."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        follow_plan(kwargs["lr_scheduler"])
+
+
 class StepCheckpoints(TrainerCallback):
     """Checkpoints every N steps, after the last step, and when the ranks agreed to stop; that also ends training.
 
@@ -440,37 +445,13 @@ class StepCheckpoints(TrainerCallback):
 
 def checkpoint_path(directory: Path, step: int) -> Path:
     """Where swift's trainer writes the checkpoint of a step."""
-    return directory / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-
-
-def checkpoint_step(path: Path) -> int:
-    """The optimizer steps done before this checkpoint."""
-    return int(path.name.rsplit("-", 1)[1])
-
-
-def tokens_seen(checkpoint: Path) -> int:
-    """The tokens trained on before this checkpoint, all ranks together."""
-    states: Any = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).stateful_callbacks
-    return int(states[StepMetrics.__name__]["attributes"][TOKENS_SEEN])
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints that were written to the end, oldest first; those of earlier versions are marked COMPLETE alone."""
-    return [path for path in checkpoints_in(directory) if any((path / mark).exists() for mark in (COMPLETE, LISTING))]
-
-
-def checkpoints_in(directory: Path) -> list[Path]:
-    """All that the trainer has begun to write, oldest first; what people call `checkpoint-100-copy` is theirs."""
-    found = directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    return sorted(
-        (path for path in found if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name)), key=checkpoint_step
-    )
+    return directory / f"{PREFIX}{step}"
 
 
 def remove_incomplete_checkpoints(directory: Path) -> None:
     """What interruptions left behind; for rank zero alone."""
     complete = complete_checkpoints(directory)
-    for path in checkpoints_in(directory):
+    for path in begun_checkpoints(directory):
         if path not in complete:
             log.warning("removing %s: it was not written to the end", path)
             shutil.rmtree(path)

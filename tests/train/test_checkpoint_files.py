@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from nexus_gen.specs.errors import UserError
 from train.checkpoint_files import LISTING, damage_of, forget_damaged, set_damaged_aside, write_listing
-from train.swift_callbacks import checkpoint_step, complete_checkpoints, remove_incomplete_checkpoints
+from train.schemas.checkpoints import checkpoint_step, complete_checkpoints
+from train.swift_callbacks import remove_incomplete_checkpoints
 
 MODEL = "global_step/mp_rank_00_model_states.pt"
 

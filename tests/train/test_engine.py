@@ -33,8 +33,9 @@ from nexus_gen.text_encoders import encode_pooled
 from nexus_gen.vae import FluxVae
 from train.decoder_module import DecoderModule
 from train.decoder_stages import build_initial_decoder
-from train.engine import StepGuard, StopRequest, checkpoint_step, complete_checkpoints, deepspeed_config
+from train.engine import StepGuard, StopRequest, deepspeed_config
 from train.metrics import read_metrics
+from train.schemas.checkpoints import checkpoint_step, complete_checkpoints
 from train.schemas.fields import typed
 from train.schemas.run_directory import identity, prepare
 from train.schemas.stages import DecoderConfig
@@ -156,8 +157,11 @@ def config(inputs: Path, runs_dir: Path, stage: str = "generation_decoder", deco
     return made
 
 
-def train_plainly(config: DecoderConfig) -> tuple[dict[str, Tensor], list[float], list[float]]:
-    """Ordinary PyTorch on the stage's model and batches: the weights, and every step's loss and gradient norm."""
+def train_plainly(config: DecoderConfig, longer: int = 0) -> tuple[dict[str, Tensor], list[float], list[float]]:
+    """Ordinary PyTorch on the stage's model and batches: the weights, and every step's loss and gradient norm.
+
+    longer: steps to go on to behind the last one, under a cosine that is as long.
+    """
     trainer = config.trainer
     module = DecoderModule(
         build_initial_decoder(config, EMBED_DIM),
@@ -180,7 +184,11 @@ def train_plainly(config: DecoderConfig) -> tuple[dict[str, Tensor], list[float]
     )
     configured = module.configure_optimizers()
     losses, norms = [], []
-    for batch in islice(loader, trainer.max_steps):
+    for step, batch in enumerate(islice(loader, longer or trainer.max_steps)):
+        if step >= trainer.max_steps:
+            done = (step - config.optim.warmup_steps) / (longer - config.optim.warmup_steps)
+            rate = config.optim.learning_rate * math.cos(math.pi / 2 * done) ** 2
+            configured["optimizer"].param_groups[0]["lr"] = rate
         loss = module.training_step(module.draws(batch), 0)
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(module.parameters(), config.optim.max_grad_norm).item())
@@ -237,6 +245,21 @@ def test_a_stage_trains_as_a_plain_loop_does_and_writes_its_artifact(inputs: Pat
     assert sorted(path.name for path in (made.run_dir / "checkpoints").glob("*step_*")) == [
         path.name for path in checkpoints
     ]
+    # With more steps, it trains on from its end.
+    made = dataclasses.replace(made, trainer=dataclasses.replace(made.trainer, max_steps=8))
+    subprocess.run(
+        worker_command(made.launch, prepare(made, identity(made))),
+        env={**os.environ, **worker_environment(made.launch)},
+        check=True,
+        timeout=300,
+    )
+    weights, losses, _ = train_plainly(config(inputs, tmp_path), longer=8)
+    rows = [row for row in read_metrics(made.run_dir) if "train/loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["train/loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+    load_decoder(trained, made.artifact_dir / "generation_decoder.safetensors")
+    for name, tensor in trained.state_dict().items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_half_written_checkpoints_are_not_resumed(tmp_path: Path) -> None:

@@ -20,14 +20,12 @@ from data.mixture import Mixture
 from nexus_gen.autoregressive import NexusGenOutput
 from nexus_gen.specs.errors import UserError
 from train.message_stream import MessageStream, Quarantine
+from train.schemas.checkpoints import COMPLETE, checkpoint_step, complete_checkpoints
 from train.swift_callbacks import (
-    COMPLETE,
     StepCheckpoints,
     StepGuard,
     TaskSums,
     checkpoint_path,
-    checkpoint_step,
-    complete_checkpoints,
     means,
     remove_incomplete_checkpoints,
 )

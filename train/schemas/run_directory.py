@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,20 @@ import yaml
 from nexus_gen.specs.artifact import MANIFEST, Manifest, require_whole, write_text_atomic
 from nexus_gen.specs.content import Contents
 from nexus_gen.specs.errors import UserError
+from train.schemas.checkpoints import last_step
 from train.schemas.earlier import accepts, completed, say_accepted
 from train.schemas.failures import forget_failures
 from train.schemas.fields import as_yaml, counted_keys, fingerprint_values, input_fingerprints, keys, path_values, typed
-from train.schemas.stages import SCHEMAS, StageConfig
+from train.schemas.lengths import (
+    LENGTHS,
+    in_words,
+    read_history,
+    refuse_shorter,
+    rows_of,
+    without_length,
+    write_history,
+)
+from train.schemas.stages import SCHEMAS, DecoderConfig, StageConfig
 
 PACKAGES = ("torch", "transformers", "ms-swift", "deepspeed", "lightning", "diffsynth", "webdataset", "safetensors")
 CHECKPOINTS = "checkpoints"
@@ -151,37 +162,141 @@ def forget_try(config: StageConfig) -> None:
     (config.run_dir / TIMING).unlink(missing_ok=True)
 
 
-def prepare(config: StageConfig, wanted: dict[str, Any]) -> Path:
-    """Record config, identity and environment, decide about earlier checkpoints; returns the config's path.
+@dataclass(frozen=True)
+class Beginning:
+    """Where a start of a stage begins.
 
-    Checkpoints of an unfinished try are gone on from when config and inputs are the same (and resume is true); when
-    they differ, UserError. Checkpoints of a finished try are dropped: the artifact stays until a new one replaces it.
+    resumes: with what is there, checkpoints as a rule; otherwise that is dropped. said: a sentence for the person who
+    started it; empty where there is no news. was: what differs from the training so far, as of `changes`. accepted: see
+    `completed`.
+    """
+
+    resumes: bool
+    said: str = ""
+    was: dict[str, Any] = field(default_factory=dict)
+    accepted: list[str] = field(default_factory=list)
+
+
+def beginning(config: StageConfig, wanted: dict[str, Any], more: bool = False) -> Beginning:
+    """Whether a stage goes on from its checkpoints, and what is to be said of it; writes nothing.
+
+    It does when its try is unfinished and config and inputs are the same, and, finished or not, when they differ only
+    in how long it trains. more: asked for by `more=...`, which continues on new embeddings of the same rows, too.
+    Raises UserError for an unfinished try with other differences, and for a length that is passed already.
+    """
+    checkpoints = config.run_dir / CHECKPOINTS
+    if not config.resume:
+        return Beginning(resumes=False)
+    if not checkpoints.exists() or not any(checkpoints.iterdir()):
+        return without_checkpoints(config, wanted)
+    finished, earlier = is_finished(config), checkpoints_identity(config)
+    known, accepted = completed(config, earlier, wanted) if earlier else (earlier, [])
+    was = changes(known, wanted)
+    if config.trains and earlier and was and was.keys() <= may_change(config, more):
+        if last_step(checkpoints):
+            refuse_shorter(config.stage, checkpoints, wanted["config"], {})
+            return Beginning(True, continues(config, known, wanted, was), was, accepted)
+        return without_checkpoints(config, wanted) if finished else Beginning(resumes=True)
+    if finished:
+        values = [name for name in was if not name.startswith("inputs.") and name not in LENGTHS]
+        if more and values:
+            raise UserError(
+                f"{config.stage}: more=... continues what was trained, and there {', '.join(values)} differed; leave "
+                "that out, or give resume=false and a length instead of more=... to start over"
+            )
+        return Beginning(resumes=False, said=starts_over(config, known, wanted))
+    if known != wanted and not config.reuses_by_content:
+        if not earlier:
+            raise UserError(
+                f"{checkpoints / IDENTITY} is missing or damaged, so nobody knows what the checkpoints beside it "
+                "belong to; put it back, or give resume=false to start over"
+            )
+        raise UserError(
+            f"{checkpoints} belong to an unfinished try with another {', '.join(was)}"
+            f"{changed_pictures(config)}; restore that, give resume=false to start over, or another name=..."
+        )
+    return Beginning(resumes=True, accepted=accepted if earlier != wanted else [])
+
+
+def steps_done(config: StageConfig) -> int:
+    """Steps of the checkpoints that a stage would go on from, as far as values tell; its inputs are not read."""
+    earlier = checkpoints_identity(config).get("config", {})
+    same = config.resume and without_length(earlier) == without_length(fingerprint_values(config))
+    return last_step(config.run_dir / CHECKPOINTS) if same else 0
+
+
+def may_change(config: StageConfig, more: bool) -> set[str]:
+    """Dotted names of what may differ from the training so far when a stage goes on from its checkpoints."""
+    allowed = set(LENGTHS)
+    if more and isinstance(config, DecoderConfig):
+        allowed |= {"inputs.init.decoder", "inputs.init.transformer"}  # its weights are in the checkpoint
+        if read_history(config.run_dir / CHECKPOINTS).get("rows") == rows_of(config.shards):
+            allowed.add("inputs.shards")
+    return allowed
+
+
+def continues(config: StageConfig, known: dict[str, Any], wanted: dict[str, Any], was: dict[str, Any]) -> str:
+    step, before = last_step(config.run_dir / CHECKPOINTS), in_words(known["config"])
+    optim: Any = getattr(config, "optim", None)
+    planned = "" if optim.schedule == "constant" else "; learning rate re-planned"
+    shards = " on new embeddings of the same rows" if "inputs.shards" in was else ""
+    return f"{config.stage}: continues from step {step} of {before} to {in_words(wanted['config'])}{shards}{planned}"
+
+
+def starts_over(config: StageConfig, known: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What is said when a training stage that was finished starts over; its artifact stays until a new one is made."""
+    was = changes(known, wanted)
+    if not config.trains or not was:
+        return ""
+    names = ", ".join(name for name in was if name not in LENGTHS)
+    why = f"because {names} changed" if names else "because its checkpoints are gone"
+    return f"{config.stage}: starts over with {in_words(wanted['config'], unit=True)}, {why}"
+
+
+def without_checkpoints(config: StageConfig, wanted: dict[str, Any]) -> Beginning:
+    """The beginning of a stage that has nothing to go on from, and perhaps an artifact."""
+    made = None if waits_for_another(config) else recorded(config)
+    if made is None or not config.trains:
+        return Beginning(resumes=True)
+    known, _ = completed(config, made, wanted)
+    if changes(known, wanted).keys() <= set(LENGTHS):
+        refuse_shorter(config.stage, config.run_dir / CHECKPOINTS, wanted["config"], trained=known["config"])
+    return Beginning(resumes=False, said=starts_over(config, known, wanted))
+
+
+def prepare(config: StageConfig, wanted: dict[str, Any], more: bool = False) -> Path:
+    """Record config, identity and environment, keep or drop earlier checkpoints (`beginning`); returns where config is.
+
+    The artifact of an earlier try stays until a new one replaces it.
     """
     (config.run_dir / "log").mkdir(parents=True, exist_ok=True)
     forget_failures(config.run_dir / "log")
     checkpoints = config.run_dir / CHECKPOINTS
-    if checkpoints.exists() and any(checkpoints.iterdir()):
-        if is_finished(config) or not config.resume:
-            forget_try(config)
-        elif (earlier := checkpoints_identity(config)) != wanted and not config.reuses_by_content:
-            if not earlier:
-                raise UserError(
-                    f"{checkpoints / IDENTITY} is missing or damaged, so nobody knows what the checkpoints beside it "
-                    "belong to; put it back, or give resume=false to start over"
-                )
-            earlier, accepted = completed(config, earlier, wanted)
-            if earlier != wanted:
-                raise UserError(
-                    f"{checkpoints} belong to an unfinished try with another {difference(earlier, wanted)}"
-                    f"{changed_pictures(config)}; restore that, give resume=false to start over, or another name=..."
-                )
-            say_accepted(config, accepted, "resume=false")
+    begins = beginning(config, wanted, more)
+    if not begins.resumes:
+        forget_try(config)
+    if begins.accepted:
+        say_accepted(config, begins.accepted, "resume=false")
     checkpoints.mkdir(exist_ok=True)
+    record_history(config, begins)
     write_text_atomic(checkpoints / IDENTITY, json.dumps(wanted, indent=1))
     write_text_atomic(config.run_dir / "environment.json", json.dumps(code_version(), indent=1))
     path = config.run_dir / "config.yaml"
     write_text_atomic(path, as_yaml(config))
     return path
+
+
+def record_history(config: StageConfig, begins: Beginning) -> None:
+    """Write down what the identity of the checkpoints does not say, and before it: an end in between loses nothing."""
+    checkpoints = config.run_dir / CHECKPOINTS
+    earlier = read_history(checkpoints)
+    continued = list(earlier.get("continued", []))
+    entry = {"step": last_step(checkpoints), "was": begins.was}
+    if begins.was and entry not in continued:
+        continued.append(entry)
+    rows = rows_of(config.shards) if isinstance(config, DecoderConfig) else ""
+    if rows or continued:
+        write_history(checkpoints, rows, continued)
 
 
 def timing_of(stage_dir: Path) -> tuple[float, int]:
@@ -234,16 +349,16 @@ def with_added(values: dict[str, Any], among: set[str]) -> dict[str, Any]:
     return completed
 
 
-def difference(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
-    """Dotted names of the values that differ."""
-    names = []
+def changes(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> what it was, of the values that differ."""
+    found: dict[str, Any] = {}
     for name in sorted(earlier.keys() | now.keys()):
         old, new = earlier.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            names.append(difference(old, new, f"{prefix}{name}."))
+            found |= changes(old, new, f"{prefix}{name}.")
         elif old != new:
-            names.append(f"{prefix}{name}".removeprefix("config."))
-    return ", ".join(filter(None, names))
+            found[f"{prefix}{name}".removeprefix("config.")] = old
+    return found
 
 
 def changed_pictures(config: StageConfig) -> str:

@@ -67,7 +67,8 @@ PICTURES = "pictures_{split}.jsonl"  # the pictures that the rows of a split nam
 class StageConfig:
     """What every stage has. A run lives in runs_dir/name, a stage in its own directory there.
 
-    resume: go on from what an interrupted try of the same config left; false starts over.
+    resume: go on from what a try of the same config left, or of a training stage that is to train longer or shorter;
+    false starts over.
     """
 
     stage: str
