@@ -32,6 +32,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data.converters import AUTO
 from data.memory import folder_files
 from data.messages import TASKS, Row, RowError, Summary, count_rows
 from data.mixture_spec import MixtureSpec, Source, load_mixture
@@ -187,7 +188,8 @@ class Draw:
 class Mixture:
     """The endless training order over a dataset's rows, but for those that are left out.
 
-    num_left_out: of the rows that the sources would take. Raises UserError for a source that has no rows then.
+    row_format: of files that no mixture names. num_left_out: of the rows that the sources would take. Raises UserError
+    for a source that has no rows then.
     The files are read through here, and not again in processes that this object is sent to.
     """
 
@@ -197,8 +199,11 @@ class Mixture:
         seed: int,
         left_out: LeftOut = NOTHING,
         picture_root: str | os.PathLike[str] | None = None,
+        row_format: str = AUTO,
     ) -> None:
         self.spec = load_mixture(path, picture_root)
+        if row_format != AUTO and not self.spec.is_mixture:
+            self.spec = replace(self.spec, sources=tuple(replace(one, format=row_format) for one in self.spec.sources))
         self.seed = seed
         self._rows = [_SourceRows(source, left_out) for source in self.spec.sources]
         self.num_left_out = sum(rows.num_left_out for rows in self._rows)
