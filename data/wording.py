@@ -14,11 +14,13 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from data.messages import Row, RowError
 from data.mixture import Mixture
-from nexus_gen.specs.prompts import GENERATION_PROMPT, IMAGE_TAG, language_of
+from nexus_gen.specs.models import target_tokens_of
+from nexus_gen.specs.prompts import GENERATION_PROMPT, IMAGE_TAG, LANGUAGES, language_of
 from nexus_gen.specs.wording import HOLE, INSTRUCTION, PUNCTUATION, RAW, RELEASED, Wording, Words, bare
 
 NUM_ROWS = 4096  # of the training order that are looked at
@@ -28,8 +30,8 @@ LONGEST = 300  # characters of a template's own words, before or behind those of
 NUM_SHARES = 8  # templates that are recorded
 NUM_EXAMPLES, EXAMPLE = 3, 200  # recorded, and characters of each
 TEMPLATE, OTHER = "template", "pictures among the words"
-LEAD_ENDS = re.compile(rf"{IMAGE_TAG}\s*|:\s+|：\s*")
-TAIL_STARTS = re.compile(rf"\s*{IMAGE_TAG}|\n+")
+LEAD_ENDS = re.compile(rf"(?:^|:\s*|：\s*|\n){IMAGE_TAG}\s*|:\s+(?!{IMAGE_TAG})|：\s*(?!{IMAGE_TAG})")
+TAIL_STARTS = re.compile(rf"\s*{IMAGE_TAG}\s*$|\n+")
 TAG_FIRST, TAG_LAST = re.compile(rf"\s*{IMAGE_TAG}\s*"), re.compile(rf"\s*{IMAGE_TAG}\s*$")
 TAGS_IN_A_ROW = re.compile(rf"(?:{IMAGE_TAG}\s*)+({IMAGE_TAG}\s*)")
 
@@ -78,7 +80,7 @@ def said_in(row: Row) -> Said | None:
     made, seen = IMAGE_TAG in reply, IMAGE_TAG in user
     task = "understanding" if not made else "editing" if seen else "generation"
     reply = f"{reply.split(IMAGE_TAG)[0]}{IMAGE_TAG}" if made else ""
-    return Said(task, language_of(user + reply), system, TAGS_IN_A_ROW.sub(lambda tags: tags[1], user), reply)
+    return Said(task, language_of(user), system, TAGS_IN_A_ROW.sub(lambda tags: tags[1], user), reply)
 
 
 def sample(mixture: Mixture) -> Iterator[tuple[Said, float]]:
@@ -101,9 +103,17 @@ def learn(exchanges: Iterable[tuple[Said, float]]) -> dict[tuple[str, str], Word
     return {key: _learn_group(groups[key]) for key in sorted(groups)}
 
 
-def wording_of(found: Mapping[tuple[str, str], Worded]) -> Wording:
-    """What a checkpoint that was trained on these rows records."""
-    return Wording({key: worded.words for key, worded in found.items() if worded.words is not None})
+def trained_wording(own: Mixture, start: Path) -> Wording:
+    """What a checkpoint records that is trained on a person's own rows. start: the checkpoint that training begins with.
+
+    Of tasks and languages without rows that is what `start` records. A plain Qwen2.5-VL never saw the released words:
+    there a language without rows is worded as the other one.
+    """
+    found = {key: of.words for key, of in learn(sample(own)).items() if of.words is not None}
+    before = Wording.load(start).words
+    if target_tokens_of(start) is None:
+        before = {(task, language): words for (task, _), words in found.items() for language in LANGUAGES}
+    return Wording({**before, **found})
 
 
 def _learn_group(group: dict[Said, float]) -> Worded:
@@ -190,7 +200,7 @@ def _shared(
     left: dict[str, set[str]] = defaultdict(set)
     for text, count in texts.items():
         for piece in pieces_of(text):
-            if HOLE not in piece and (rest := without(text, piece)).strip():
+            if HOLE not in piece and piece.count(IMAGE_TAG) < 2 and (rest := without(text, piece)).strip():
                 counts[piece] += count
                 left[piece].add(rest)
     enough = NEARLY_ALL * sum(texts.values())

@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 import train.deepspeed_mends  # noqa: F401
 from data.loader_processes import batches
 from data.mixture import Mixture
-from data.wording import learn, sample, wording_of
+from data.wording import trained_wording
 from nexus_gen.ar_checkpoint import load_config, load_generation_config, save_autoregressive
 from nexus_gen.autoregressive import TARGET_INPUTS, LossWeights
 from nexus_gen.specs.artifact import write_text_atomic
@@ -94,7 +94,9 @@ class PretrainStage(Stage[PretrainConfig]):
         budget, before = config.data.token_budget, complete_checkpoints(checkpoints)
         if budget and before and tokens_seen(before[-1]) >= budget:  # only the artifact is missing
             config = replace(config, trainer=replace(config.trainer, max_steps=checkpoint_step(before[-1])))
-        wording = self._wording(mixture) if self.rank == 0 else Wording()
+        wording = trained_wording(mixture, Path(config.model.qwen)) if self.rank == 0 else Wording()
+        for name, kind in wording.recorded().items():
+            log.info("prompts (%s) are to be worded as rows are: %s", name, kind)
         pipeline = PretrainPipeline(config, mixture, heldout, self.rank, self.world_size, self.device_type)
         pipeline.main()
         if not pipeline.finished:
@@ -121,13 +123,6 @@ class PretrainStage(Stage[PretrainConfig]):
 
         self.write_artifact(export)
         return True
-
-    def _wording(self, mixture: Mixture) -> Wording:
-        """How the rows are worded; of tasks and languages that they lack, how the model was before."""
-        found = wording_of(learn(sample(mixture)))
-        for name, kind in found.recorded().items():
-            log.info("%s: prompts are worded as the rows are, %s", name, kind)
-        return Wording({**Wording.load(Path(self.config.model.qwen)).words, **found.words})
 
     def _mixtures(self) -> tuple[Mixture, Mixture]:
         """Training and held-out rows. Reading files through for them takes minutes for a million rows of tars."""

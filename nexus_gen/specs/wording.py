@@ -205,13 +205,14 @@ class Wording:
             return Wording()
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            return Wording(
-                {
-                    (task, language): words_from(of_language)
-                    for task, of_task in values.items()
-                    for language, of_language in of_task.items()
-                }
-            )
+            read = {
+                (task, language): words_from(of_language)
+                for task, of_task in values.items()
+                for language, of_language in of_task.items()
+            }
+            if unknown := read.keys() - RELEASED_WORDS.keys():
+                raise ValueError(f"there is no {' in '.join(min(unknown))}")
+            return Wording(read)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f"{path} is not a readable record of how rows were worded ({error}); copy it again"
@@ -228,12 +229,14 @@ def words_from(values: dict[str, Any]) -> Words:
     """Raises ValueError or TypeError for what is no record of words."""
     words = Words(**{**values, "examples": tuple(values.get("examples", ()))})
     texts = (words.user, words.reply, words.system, *words.shares, *words.examples)
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError("a text is none")
-    if words.user.count(HOLE) != 1:
-        raise ValueError(f"user is {words.user!r}, which needs one {HOLE}")
+    numbers = (words.fixed_reply, *words.shares.values())
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(one, int | float) for one in numbers):
+        raise TypeError("a text or a number is none")
+    for template in (words.user, *words.shares):
+        if template.count(HOLE) != 1:
+            raise ValueError(f"the template {template!r} needs one {HOLE}")
     if words.reply and words.reply.count(IMAGE_TAG) != 1:
-        raise ValueError(f"reply is {words.reply!r}, which needs one {IMAGE_TAG}")
+        raise ValueError(f"the reply {words.reply!r} needs one {IMAGE_TAG}")
     return words
 
 
