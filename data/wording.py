@@ -104,9 +104,9 @@ def learn(exchanges: Iterable[tuple[Said, float]]) -> dict[tuple[str, str], Word
 
 
 def trained_wording(own: Mixture, start: Path) -> Wording:
-    """What a checkpoint records that is trained on a person's own rows. start: the checkpoint that training begins with.
+    """What a checkpoint records that is trained on a person's own rows, beginning with the checkpoint `start`.
 
-    Of tasks and languages without rows that is what `start` records. A plain Qwen2.5-VL never saw the released words:
+    For tasks and languages without rows that is what `start` records. A plain Qwen2.5-VL never saw the released words:
     there a language without rows is worded as the other one.
     """
     found = {key: of.words for key, of in learn(sample(own)).items() if of.words is not None}

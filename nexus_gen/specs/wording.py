@@ -189,9 +189,11 @@ class Wording:
         """
         changed = {key: self.of(*key) for key in RELEASED_WORDS} if template != RELEASED else dict(RELEASED_WORDS)
         for key, words in changed.items():
-            if template == RAW or HOLE in template:
-                own = bare(words.user)
-                user = own if template == RAW else template if IMAGE_TAG in template else own.replace(HOLE, template)
+            if template == RAW:
+                typed = tuple(words.message(example) for example in words.examples)
+                changed[key] = words = replace(words, user=bare(words.user), shares={}, examples=typed)
+            elif HOLE in template:
+                user = template if IMAGE_TAG in template else bare(words.user).replace(HOLE, template)
                 changed[key] = words = replace(words, user=user, shares={})
             if reply is not None and words.reply:
                 changed[key] = replace(words, reply=reply, fixed_reply=True)

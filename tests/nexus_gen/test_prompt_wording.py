@@ -75,6 +75,9 @@ def test_templates_that_are_given_win_over_those_of_training() -> None:
     assert Wording().turn("generation", "a cat") == released
     assert own.under("Sketch {}", "<image>").turn("generation", "a cat") == Turn("Sketch a cat", "<image>", "Paint!")
     assert own.under("Q: {}").turn("understanding", "Which?", 1) == Turn("<image>\nQ: Which?", "", "")
+    rows = Wording({("editing", "en"): Words("<image>\nPlease {}.", HERE, examples=("crop it", "dim it"))})
+    assert rows.examples("editing") == ["crop it", "dim it"]  # what a person types
+    assert rows.under("raw").examples("editing") == ["Please crop it.", "Please dim it."]
     assert own.turn("generation", "一只猫") == Wording().turn("generation", "一只猫")
     assert own.turn("generation", "cat", language="zh").user == "根据以下描述生成一张图像：cat"
     assert Wording({("generation", "en"): Words("{}", HERE, fixed_reply=False)}).turn("generation", "a").reply is None
