@@ -171,7 +171,8 @@ def main(argv: list[str]) -> int:
         report.mistakes = [line for spec in specs for line in asked_in_vain(spec, report.datasets)]
         if any(dataset.good for dataset in report.datasets if dataset.role == "train"):
             try:
-                report.wording = wording_of_datasets(train, given.format, picture_root)
+                own = given.dataset or [Path(config["train"])]
+                report.wording = wording_of_datasets(own, given.format, picture_root)
             except UserError as error:  # training would refuse the mixture
                 report.mistakes = report.mistakes or [str(error)]
     print_table(report)

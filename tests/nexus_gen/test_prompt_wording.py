@@ -14,7 +14,9 @@ from PIL import Image
 import nexus_gen.inference
 from nexus_gen.commands import main
 from nexus_gen.conversation import encode
+from nexus_gen.convert import convert
 from nexus_gen.inference import NexusGen
+from nexus_gen.model_commands import main as models_main
 from nexus_gen.served import ServedModels, ServedPaths
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import DECODER_KINDS, SHIPPED_RUN, ModelPaths
@@ -157,6 +159,17 @@ def raw_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "manifest.json").unlink()
     RAW.save(directory)
     return directory
+
+
+def test_the_record_travels_with_conversions_and_is_shown(
+    raw_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(raw_checkpoint, tmp_path / "converted", "nexus-gen")
+    assert Wording.load(tmp_path / "converted") == RAW
+    assert models_main(["inspect", str(tmp_path / "converted")]) == 0
+    assert "worded      generation, en: raw" in capsys.readouterr().out
+    assert models_main(["inspect", str(SHIPPED_RUN / "pretrain" / "artifact")]) == 0
+    assert "worded" not in capsys.readouterr().out
 
 
 class SentError(Exception):
