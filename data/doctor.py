@@ -16,6 +16,7 @@ import yaml
 from data.checks import KINDS, LEVELS, WARNING, RowChecker
 from data.converters import AUTO, CONVERTERS
 from data.doctor_report import QuarantineFile, print_table, write_page
+from data.doctor_wording import wording_of_datasets, wording_warnings
 from data.examine import examine, open_datasets
 from data.mixture import asked_in_vain, load_mixture
 from data.rehearsal import SHIPPED_ROWS
@@ -171,6 +172,12 @@ def main(argv: list[str]) -> int:
     if not report.stopped:
         specs = [load_mixture(path) for _, path in roles]
         report.mistakes = [line for spec in specs for line in asked_in_vain(spec, report.datasets)]
+        if any(dataset.good for dataset in report.datasets if dataset.role == "train"):
+            try:
+                own = given.dataset or [Path(config["train"])]
+                report.wording = wording_of_datasets(own, given.format, picture_root)
+            except UserError as error:  # training would refuse the mixture
+                report.mistakes = report.mistakes or [str(error)]
     print_table(report)
     if given.report:
         write_page(report, given.report)
@@ -184,7 +191,7 @@ def main(argv: list[str]) -> int:
         )
     if report.num_quarantined or report.mistakes:
         return 2
-    return int(given.strict and bool(report.rows_with))
+    return int(given.strict and bool(report.rows_with or any(wording_warnings(report.wording))))
 
 
 def settings_line(level: str, lengths: TokenLengths | None, max_length: int | None) -> str:

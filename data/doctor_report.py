@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import ImageFile
 
-from data.checks import ERROR, KINDS, NOTICE, Problem
+from data.checks import ERROR, KINDS, NOTICE, WARNING, Problem
+from data.doctor_wording import wording_lines, wording_warnings
 from data.notices import sentences
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
@@ -155,12 +156,31 @@ def print_table(report: "Report") -> None:
             line = f"{NOTICE:7}  {kind:<{column}}  {count:>9,}  {short(str(path))}: {sentence}"
             print(printable(line if len(line) <= width else f"{line[: width - 1]}…"))
         print()
+    warnings = list(wording_warnings(report.wording))
+    print_wording(report, warnings)
     if report.stopped:
         print(f"stopped at {report.num_quarantined:,} broken rows (--max-errors); the counts are of what was read")
-    elif not report.rows_with and not report.mistakes:
+    elif not report.rows_with and not report.mistakes and not warnings:
         print("nothing is wrong")
     for mistake in report.mistakes:
         print(printable(f"error    {mistake}"))
+
+
+def print_wording(report: "Report", warnings: Sequence[str]) -> None:
+    """How rows are worded: a line for each task and language, what says the same to a command, and the warnings."""
+    lines = list(wording_lines(report.wording))
+    if lines:
+        print("\nwording of the rows, which generate, edit and understand will take over from the checkpoint")
+    name_width = max((len(line.name) for line in lines), default=0)
+    for line in lines:
+        reply = f"; reply {line.reply}" if line.reply else ""
+        print(printable(f"  {line.name:<{name_width}}  {line.share} {line.worded}, such as {line.message}{reply}"))
+        if line.option:
+            print(printable(f"  {'':{name_width}}  for a checkpoint without this record: {line.option}"))
+    for warning in warnings:
+        print(printable(f"{WARNING:7}  wording: {warning}"))
+    if lines:
+        print()
 
 
 def thumbnail(source: StoredImage) -> str:
@@ -204,6 +224,11 @@ def write_page(report: "Report", output: Path) -> None:
         if histogram.counts
     ]
     page = environment.get_template("doctor.html.j2").render(
-        report=report, problems=problems, notices=list(notice_lines(report)), histograms=histograms
+        report=report,
+        problems=problems,
+        notices=list(notice_lines(report)),
+        histograms=histograms,
+        wording=[line._asdict() for line in wording_lines(report.wording)],
+        warnings=list(wording_warnings(report.wording)),
     )
     write_text_atomic(output, printable(page))

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
@@ -30,6 +30,7 @@ from data.quarantine import named
 from data.quotes import shortened, without_pictures
 from data.records import Record, Records
 from data.shapes import mapping
+from data.wording import Worded
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import StoredImage
 
@@ -162,7 +163,7 @@ class Report:
     """What the doctor found. rows_with: kind -> number of rows. num_distinct: pictures to train on.
 
     notices: of each file or folder. errors: warnings that are to be errors here. stopped: before the end, at as many
-    broken rows as were allowed. mistakes: of mixtures.
+    broken rows as were allowed. mistakes: of mixtures. wording: of the rows to train on, by task and language.
     """
 
     datasets: list[DatasetReport] = field(default_factory=list)
@@ -175,6 +176,7 @@ class Report:
     settings: str = ""
     stopped: bool = False
     mistakes: list[str] = field(default_factory=list)
+    wording: Mapping[tuple[str, str], Worded] = field(default_factory=dict)
 
     def severity(self, kind: str) -> str:
         """Of a kind of problem; one that is not known is an error."""

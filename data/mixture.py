@@ -32,6 +32,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data.converters import AUTO
 from data.memory import folder_files
 from data.messages import TASKS, Row, RowError, Summary, count_rows
 from data.mixture_spec import Dataset, MixtureSpec, Source, load_mixture
@@ -190,8 +191,8 @@ class Mixture:
 
     own_rows, rehearsal_rows: rows to draw from. num_left_out: of those that the dataset's own sources would take.
     counts: rows of an epoch by source; epoch_rows: of all, and epoch_rehearsal of them are the rehearsal's.
-    Raises UserError for a source that has no rows then. The files are read through here, and not again in processes
-    that this object is sent to.
+    row_format: of files that no mixture names. Raises UserError for a source that has no rows then.
+    The files are read through here, and not again in processes that this object is sent to.
     """
 
     def __init__(
@@ -200,8 +201,11 @@ class Mixture:
         seed: int,
         left_out: LeftOut = NOTHING,
         picture_root: str | os.PathLike[str] | None = None,
+        row_format: str = AUTO,
     ) -> None:
         self.spec = load_mixture(path, picture_root)
+        if row_format != AUTO and not self.spec.is_mixture:
+            self.spec = replace(self.spec, sources=tuple(replace(one, format=row_format) for one in self.spec.sources))
         self.seed = seed
         self._rows = [_SourceRows(source, left_out) for source in self.spec.sources]
         own = self._rows[: self.spec.num_own]

@@ -5,10 +5,12 @@ nexus-gen generate --prompt "a red circle on a white background" --result-path c
 nexus-gen edit --input-image photo.png --instruction "make the circle blue" --result-path blue.png
 
 Several --input-image fill the model's `<image>` tags in order; `edit` repaints the last one. What is resized to what is
-said on stderr.
+said on stderr, and what message is sent where it is worded otherwise than for the released model.
 """
 
 import argparse
+import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,12 +23,14 @@ from nexus_gen.specs.images import open_size
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run
 from nexus_gen.specs.prompts import LANGUAGES
 from nexus_gen.specs.results import PICTURES, aside, check_result
+from nexus_gen.specs.wording import COMMANDS, TRAINED, Wording, check_template
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from nexus_gen.inference import NexusGen
 
+TASKS = {command: task for task, command in COMMANDS.items()}
 MAX_SEED = 2**63 - 1  # that torch's generators take
 
 
@@ -40,6 +44,16 @@ def add_model_arguments(parser: Parser, paints: bool) -> argparse._ArgumentGroup
     return models
 
 
+def add_template_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--template",
+        default=TRAINED,
+        metavar="trained|released|raw|TEXT",
+        help="how the prompt is worded: as the rows that the model was trained on, as for the released model, not at "
+        "all, or as a text with {} where the prompt goes, such as 'Draw {}.' (default: trained)",
+    )
+
+
 def parser(command: str) -> Parser:
     summaries = {
         "understand": "Answer a question about a picture.",
@@ -49,6 +63,7 @@ def parser(command: str) -> Parser:
     result = Parser(prog=f"nexus-gen {command}", description=summaries[command])
     models = add_model_arguments(result, paints=command != "understand")
     models.add_argument("--run", type=Path, default=default_run(), help="run directory (default: %(default)s)")
+    add_template_argument(result)
     if command == "understand":
         add_input_images(result, "picture to ask about; several in order, one option each")
         result.add_argument("--prompt", required=True, help="the question")
@@ -80,7 +95,12 @@ def parser(command: str) -> Parser:
             help="of the result: as many pixels as the decoder was trained at, or the input's (default: decoder)",
         )
     result.add_argument("--seed", type=int, default=42, help="of the noise (default: %(default)s)")
-    result.add_argument("--language", choices=LANGUAGES, default="en", help="language of the words around the prompt")
+    result.add_argument(
+        "--reply", help="how the model's reply is worded, <image> included (default: as --template says)"
+    )
+    result.add_argument(
+        "--language", choices=LANGUAGES, help="language of the words around the prompt (default: that of the prompt)"
+    )
     result.add_argument("--width", type=int, help="pixels to paint (default: the size the decoder was trained at)")
     result.add_argument("--height", type=int, help="pixels to paint")
     result.add_argument("--num-inference-steps", type=int, help="Euler steps (default: the decoder's)")
@@ -108,6 +128,7 @@ def check(command: str, arguments: argparse.Namespace) -> ModelPaths:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
     if abs(getattr(arguments, "seed", 0)) > MAX_SEED:
         raise UserError(f"--seed is {arguments.seed}; it must be {MAX_SEED} at most")
+    check_template(arguments.template, getattr(arguments, "reply", None))
     result_path = getattr(arguments, "result_path", None)
     if result_path is not None:
         check_result(result_path, "--result-path", suffixes=PICTURES)
@@ -155,6 +176,22 @@ def resizing(arguments: argparse.Namespace, model: "NexusGen") -> list[str]:
     return lines
 
 
+def sent(arguments: argparse.Namespace, wording: Wording, task: str, words: str) -> list[str]:
+    """A line that says which message is sent, unless it is what the released model would be sent."""
+    count, language = len(getattr(arguments, "input_image", [])), getattr(arguments, "language", None)
+    turn = wording.under(arguments.template, getattr(arguments, "reply", None)).turn(task, words, count, language)
+    if turn == Wording().turn(task, words, count, language):
+        return []
+    quoted = {name: json.dumps(text, ensure_ascii=False) for name, text in turn._asdict().items()}
+    parts = [f"sent (--template {shlex.quote(arguments.template)}): {quoted['user']}"]
+    parts += [f"system message {quoted['system']}"] * bool(turn.system)
+    if turn.reply is None:
+        parts.append("the model words its reply itself")
+    elif turn.reply:
+        parts.append(f"reply {quoted['reply']}")
+    return ["; ".join(parts)]
+
+
 def save_atomic(image: "Image", path: Path) -> None:
     """Write a picture beside its place and rename it there."""
     with aside(path) as partial:
@@ -168,13 +205,17 @@ def main(argv: list[str]) -> int:
     from nexus_gen.inference import NexusGen  # loads torch: only once the arguments hold
 
     model = NexusGen(paths, device=arguments.device)
-    for line in resizing(arguments, model):
+    words = arguments.instruction if command == "edit" else arguments.prompt
+    for line in [*resizing(arguments, model), *sent(arguments, model.wording, TASKS[command], words)]:
         print(line, file=sys.stderr)
     if command == "understand":
-        print(model.understand(arguments.input_image, arguments.prompt, arguments.max_new_tokens))
+        template, length = arguments.template, arguments.max_new_tokens
+        print(model.understand(arguments.input_image, words, length, template=template))
         return 0
     sampling = {
         "language": arguments.language,
+        "template": arguments.template,
+        "reply": arguments.reply,
         "width": arguments.width,
         "height": arguments.height,
         "num_inference_steps": arguments.num_inference_steps,
@@ -184,10 +225,10 @@ def main(argv: list[str]) -> int:
         "seed": arguments.seed,
     }
     if command == "generate":
-        image = model.generate(arguments.prompt, **sampling)
+        image = model.generate(words, **sampling)
     else:
         shape = {"aspect": arguments.aspect, "size": arguments.size}
-        image = model.edit(arguments.input_image, arguments.instruction, **shape, **sampling)
+        image = model.edit(arguments.input_image, words, **shape, **sampling)
     save_atomic(image, arguments.result_path)
     print(arguments.result_path)
     return 0

@@ -32,26 +32,21 @@ from nexus_gen.specs.geometry import (
 )
 from nexus_gen.specs.images import PictureSizing, StoredImage, open_image, squash
 from nexus_gen.specs.models import ModelPaths
-from nexus_gen.specs.prompts import (
-    CONTROL_TOKENS,
-    EDITING_PROMPT,
-    EDITING_REPLY,
-    GENERATION_PROMPT,
-    GENERATION_REPLY,
-    IMAGE_TAG,
-    UNDERSTANDING_PROMPT,
-    with_pictures,
-)
+from nexus_gen.specs.prompts import CONTROL_TOKENS, IMAGE_TAG
+from nexus_gen.specs.wording import TRAINED, Wording
 from nexus_gen.text_encoders import encode_pooled, encode_prompt
 from nexus_gen.vae import FluxVae
 
 Picture = Image.Image | str | StoredImage
+MAX_OWN_WORDS = 64  # tokens that the model may write before its picture where rows have replies of many kinds
 
 
 class NexusGen:
     """The model of a run; dtype is bfloat16 on a GPU and float32 on a CPU.
 
     Headers are checked at once, so that nothing is found out after minutes; parts load when first needed.
+    wording: how `understand`, `generate` and `edit` word what they are given: as the checkpoint's rows were, unless
+    their `template` and `reply` say otherwise (as of `Wording.under`).
     """
 
     def __init__(self, paths: ModelPaths, device: str = "auto") -> None:
@@ -60,10 +55,15 @@ class NexusGen:
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
         require_loadable(paths)
+        Wording.load(paths.autoregressive)  # raises for a damaged one
         self.paths = paths
         self.device = torch.device(device)
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.text_conditions: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def wording(self) -> Wording:
+        return Wording.load(self.paths.autoregressive)
 
     @cached_property
     def processor(self) -> Any:
@@ -120,10 +120,13 @@ class NexusGen:
         question: str,
         max_new_tokens: int = 256,
         progress: Progress | None = None,
+        *,
+        template: str = TRAINED,
     ) -> str:
         """Answer a question about a picture, or about several in order."""
         images = in_order(image)
-        return self.answer(with_pictures(UNDERSTANDING_PROMPT, question, len(images)), images, max_new_tokens, progress)
+        turn = self.wording.under(template).turn("understanding", question, len(images))
+        return self.answer_all([turn.user], [images], max_new_tokens, progress, systems=[turn.system])[0]
 
     def answer(
         self, content: str, images: list[Picture], max_new_tokens: int = 256, progress: Progress | None = None
@@ -137,9 +140,14 @@ class NexusGen:
         images: list[list[Picture]],
         max_new_tokens: int = 256,
         progress: Progress | None = None,
+        *,
+        systems: Sequence[str] = (),
     ) -> list[str]:
-        """Reply to user messages as one batch; `images` holds each one's pictures. progress: as of `generate_reply`."""
-        inputs = self._prompts(contents, images, [""] * len(contents))
+        """Reply to user messages as one batch; `images` holds each one's pictures.
+
+        progress: as of `generate_reply`. systems: the system message of each, empty for none.
+        """
+        inputs = self._prompts(contents, images, [""] * len(contents), systems)
         made = generate_reply(self.autoregressive, **inputs, max_new_tokens=max_new_tokens, progress=progress)
         return [reply_text(self.processor.tokenizer, self.autoregressive, reply) for reply in made.new_tokens]
 
@@ -150,13 +158,40 @@ class NexusGen:
         """
         return self.imagine_all([content], [reply], [images])
 
-    def imagine_all(self, contents: list[str], replies: list[str], images: list[list[Picture]]) -> Tensor:
-        """The embeddings for each of B user messages as one batch: (B, N, D)."""
-        prefixes = [reply.split(IMAGE_TAG)[0] for reply in replies]
-        inputs = self._prompts(contents, images, prefixes, self.paths.consistent_edit_scale)
+    def imagine_all(
+        self,
+        contents: list[str],
+        replies: Sequence[str | None],
+        images: list[list[Picture]],
+        systems: Sequence[str] = (),
+    ) -> Tensor:
+        """The embeddings for each of B user messages as one batch: (B, N, D).
+
+        replies: None lets the model write its own words before the picture, which comes at once where it writes none
+        for too long. systems: as of `answer_all`.
+        """
+        systems = systems or [""] * len(contents)
         length = self.autoregressive.num_target_tokens + 2
-        made = generate_reply(self.autoregressive, **inputs, max_new_tokens=length, force_image_first=True)
-        return torch.stack([embeds[0] for embeds in made.image_embeds])
+        found: dict[int, Tensor] = {}
+
+        def reply_to(rows: list[int], max_new_tokens: int, image_first: bool) -> None:
+            inputs = self._prompts(
+                [contents[row] for row in rows],
+                [images[row] for row in rows],
+                [(replies[row] or "").split(IMAGE_TAG)[0] for row in rows],
+                [systems[row] for row in rows],
+                self.paths.consistent_edit_scale,
+            )
+            made = generate_reply(
+                self.autoregressive, **inputs, max_new_tokens=max_new_tokens, force_image_first=image_first
+            )
+            found.update((row, embeds[0]) for row, embeds in zip(rows, made.image_embeds, strict=True) if embeds)
+
+        if own := [row for row, reply in enumerate(replies) if reply is None]:
+            reply_to(own, MAX_OWN_WORDS + length, image_first=False)
+        if rest := [row for row in range(len(contents)) if row not in found]:
+            reply_to(rest, length, image_first=True)
+        return torch.stack([found[row] for row in range(len(contents))])
 
     def target_embeds(self, *images: Picture) -> Tensor:
         """The vision embeddings of each of B pictures, what `imagine` aims at: (B, N, D)."""
@@ -172,25 +207,47 @@ class NexusGen:
         embeds_ND = vision_embeddings(self.autoregressive, pixel_values.to(self.device), grid.to(self.device))
         return embeds_ND.unflatten(0, (len(images), -1))
 
-    def generate(self, prompt: str, language: str = "en", **sampling: Any) -> Image.Image:
-        """Paint a picture from a prompt; `sampling` as in `paint`."""
-        content = GENERATION_PROMPT[language].format(prompt)
-        return self.paint(self.imagine(content, GENERATION_REPLY[language], []), **sampling)[0]
+    def generate(
+        self,
+        prompt: str,
+        language: str | None = None,
+        *,
+        template: str = TRAINED,
+        reply: str | None = None,
+        **sampling: Any,
+    ) -> Image.Image:
+        """Paint a picture from a prompt; `sampling` as in `paint`.
+
+        language: of the words around the prompt, en or zh; that of the prompt unless given.
+        """
+        turn = self.wording.under(template, reply).turn("generation", prompt, language=language)
+        return self.paint(self.imagine_all([turn.user], [turn.reply], [[]], [turn.system]), **sampling)[0]
 
     def edit(
-        self, image: Picture | Sequence[Picture], instruction: str, language: str = "en", **options: Any
+        self,
+        image: Picture | Sequence[Picture],
+        instruction: str,
+        language: str | None = None,
+        *,
+        template: str = TRAINED,
+        reply: str | None = None,
+        **options: Any,
     ) -> Image.Image:
-        """Repaint a picture; options as of `edit_all`. Of several pictures in order the last one is repainted."""
+        """Repaint a picture; options as of `edit_all`. Of several pictures in order the last one is repainted.
+
+        language: as of `generate`.
+        """
         images = in_order(image)
-        content = with_pictures(EDITING_PROMPT, instruction, len(images))
-        return self.edit_all([content], [EDITING_REPLY[language]], [images], **options)[0]
+        turn = self.wording.under(template, reply).turn("editing", instruction, len(images), language)
+        return self.edit_all([turn.user], [turn.reply], [images], systems=[turn.system], **options)[0]
 
     def edit_all(
         self,
         contents: list[str],
-        replies: list[str],
+        replies: Sequence[str | None],
         images: Sequence[Sequence[Picture]],
         *,
+        systems: Sequence[str] = (),
         aspect: str | None = None,
         size: str | None = None,
         width: int | None = None,
@@ -199,7 +256,8 @@ class NexusGen:
     ) -> list[Image.Image]:
         """Repaint the last of each row's pictures, as one batch; results keep its aspect unless told otherwise.
 
-        contents, replies: as of `imagine_all`. aspect, size, width, height: as of `Frame.of`. sampling: as of `paint`.
+        contents, replies, systems: as of `imagine_all`. aspect, size, width, height: as of `Frame.of`. sampling: as of
+        `paint`.
         """
         opened = [[as_image(picture) for picture in of_row] for of_row in images]
         sources = [of_row[-1] for of_row in opened]
@@ -208,7 +266,7 @@ class NexusGen:
         shown: list[list[Picture]] = [
             [*of_row[:-1], frame.fit(of_row[-1])] for frame, of_row in zip(frames, opened, strict=True)
         ]
-        return self.repaint(self.imagine_all(contents, replies, shown), frames, sources, **sampling)
+        return self.repaint(self.imagine_all(contents, replies, shown, systems), frames, sources, **sampling)
 
     def seen_sizes(self, sizes: Sequence[tuple[int, int]], edits: bool = False) -> list[tuple[int, int]]:
         """In which size the language model looks at the pictures of a question, or of an edit."""
@@ -312,14 +370,21 @@ class NexusGen:
         return [as_picture(pixels) for pixels in self.vae.decode(latents)]
 
     def _prompts(
-        self, prompts: list[str], images: list[list[Picture]], reply_prefixes: list[str], as_target: bool = False
+        self,
+        prompts: list[str],
+        images: list[list[Picture]],
+        reply_prefixes: list[str],
+        systems: Sequence[str] = (),
+        as_target: bool = False,
     ) -> dict[str, Any]:
         """User turns and the beginnings of their replies, as `generate_reply` takes them.
 
-        as_target: pictures in a target's size.
+        systems: as of `answer_all`. as_target: pictures in a target's size.
         """
         rows = []
-        for prompt, pictures, reply_prefix in zip(prompts, images, reply_prefixes, strict=True):
+        systems = systems or [""] * len(prompts)
+        for prompt, pictures, reply_prefix, system in zip(prompts, images, reply_prefixes, systems, strict=True):
+            messages = [{"role": "system", "content": system}] if system else []
             tags = prompt.count(IMAGE_TAG)
             if tags != len(pictures):
                 raise UserError(
@@ -331,7 +396,7 @@ class NexusGen:
             try:
                 row = encode(
                     self.processor,
-                    [{"role": "user", "content": prompt}],
+                    [*messages, {"role": "user", "content": prompt}],
                     opened,
                     self.paths.max_pixels,
                     reply_prefix,

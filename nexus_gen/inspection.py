@@ -36,6 +36,7 @@ from nexus_gen.specs.weight_files import (
     is_flux_directory,
     weight_files,
 )
+from nexus_gen.specs.wording import Wording
 
 RELEASED_GEOMETRY: dict[str, Any] = {
     **RELEASED["editing_decoder"],
@@ -50,6 +51,7 @@ class Report:
     """What was found. dtypes: name -> number of tensors. unlike_released: `KEY VALUE (released: VALUE)`.
 
     wrappers: what was taken off the names of its tensors. details: what inference takes from a decoder's manifest.
+    wording: how prompts are worded, by task and language, where a checkpoint says so.
     unread: other weights beside these, which no command reads. problems: sentences about what is missing or does not
     fit; empty when it is whole. parts: of a directory of several.
     """
@@ -65,6 +67,7 @@ class Report:
     files: int = 0
     wrappers: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    wording: dict[str, str] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     parts: list["Report"] = field(default_factory=list)
@@ -89,6 +92,7 @@ class Report:
             rows.append(("weights", f"{self.parameters:,} parameters, {size} in {files}; tensors: {dtypes}"))
         if self.details:
             rows.append(("as trained", described(self.details)))
+        rows += [("worded", f"{name}: {kind}") for name, kind in self.wording.items()]
         if self.wrappers:
             rows.append(("taken off", f"{', '.join(self.wrappers)} around the names of its tensors"))
         if self.unread:
@@ -162,9 +166,10 @@ def inspect_weights(path: Path, limit: int | None) -> Report:
     if weights.kind == "autoregressive":
         added = all(key in weights.shapes for key in ADDED_KEYS)
         what = "Nexus-Gen autoregressive model" if added else f"plain Qwen2.5-VL, without {' and '.join(ADDED_KEYS)}"
-    problems = weights.differences.sentences(limit)
+    problems, wording = weights.differences.sentences(limit), {}
     if weights.kind == "autoregressive" and path.is_dir():
         problems += missing_processor_files(path) + unfit_processor(path)
+        wording = Wording.load(path).recorded()
     return Report(
         str(path),
         what,
@@ -172,6 +177,7 @@ def inspect_weights(path: Path, limit: int | None) -> Report:
         weights.geometry,
         unlike(weights.geometry),
         **totals(headers),
+        wording=wording,
         problems=problems,
     )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from nexus_gen.preflight import require_loadable
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, flag_of
+from nexus_gen.specs.wording import TRAINED
 
 if TYPE_CHECKING:
     from nexus_gen.inference import NexusGen
@@ -63,15 +64,17 @@ class ServedModels:
     """One language model, and decoders that share it and, where they paint in the same latents, the autoencoder.
 
     lock: hold it while a model works; they keep caches, and two at a time would need the memory of two.
+    template: how prompts are worded, as of `Wording.under`.
     """
 
-    def __init__(self, served: ServedPaths, device: str) -> None:
+    def __init__(self, served: ServedPaths, device: str, template: str = TRAINED) -> None:
         from nexus_gen.inference import NexusGen  # loads torch
 
         self.lock = threading.Lock()
         self.models: dict[str | None, NexusGen] = {}
         for kind, paths in served.paths.items():
             model = NexusGen(paths, device)
+            model.wording = model.wording.under(template)
             for other in self.models.values():
                 model.processor, model.autoregressive = other.processor, other.autoregressive
                 if (paths.flux, model.details["vae"]) == (other.paths.flux, other.details["vae"]):

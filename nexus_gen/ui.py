@@ -23,6 +23,7 @@ from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import DECODER_KINDS, default_run, flag_of
 from nexus_gen.specs.results import check_result
+from nexus_gen.specs.wording import TEMPLATES, TRAINED
 
 MAX_UPLOAD = "20mb"
 SECONDS_TO_FINISH = 2  # for open connections, when the server is told to end
@@ -33,6 +34,13 @@ def parser() -> Parser:
     result.add_argument("run", type=Path, nargs="?", default=default_run(), help="run directory (default: %(default)s)")
     result.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
     result.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: %(default)s)")
+    result.add_argument(
+        "--template",
+        choices=TEMPLATES,
+        default=TRAINED,
+        help="how prompts are worded: as the rows that the model was trained on, as for the released model, not at all "
+        "(default: %(default)s)",
+    )
     models = add_model_arguments(result, paints=True)
     for kind in DECODER_KINDS:
         models.add_argument(flag_of(kind), type=Path, help="decoder file or artifact directory")
@@ -47,7 +55,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"--host {host} --port {port} cannot be listened on ({error}); give others") from error
 
 
-def serve(served: ServedPaths, device: str, listener: socket.socket) -> None:
+def serve(served: ServedPaths, device: str, template: str, listener: socket.socket) -> None:
     """Load the models and answer requests until a signal ends the server. GRADIO_TEMP_DIR holds what it writes."""
     import fastapi
     import gradio as gr
@@ -56,7 +64,7 @@ def serve(served: ServedPaths, device: str, listener: socket.socket) -> None:
     from nexus_gen.ui_page import Page
     from nexus_gen.ui_parts import CSS, theme
 
-    page = Page(served, ServedModels(served, device))
+    page = Page(served, ServedModels(served, device, template))
 
     @asynccontextmanager
     async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
@@ -112,5 +120,5 @@ def main(argv: list[str]) -> int:
     ):
         # Gradio reads these when it is imported. Its own places are shared by all servers and never emptied.
         os.environ |= {"GRADIO_TEMP_DIR": scratch, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
-        serve(served, arguments.device, listener)
+        serve(served, arguments.device, arguments.template, listener)
     return 0

@@ -8,11 +8,12 @@ from nexus_gen.specs.lineage import Part, evaluations_of, flux_of_all, parts_of
 from nexus_gen.specs.models import memory_of
 from nexus_gen.specs.prompts import LANGUAGES
 from nexus_gen.specs.scores import in_unit
+from nexus_gen.specs.wording import RELEASED
 from nexus_gen.ui_words import Words
 
 
 def about(served: ServedPaths, models: ServedModels, words: Words) -> str:
-    """Markdown: a line for each part from its manifest, the scores of evaluations of exactly these, what is missing."""
+    """Markdown: parts from their manifests, how prompts are worded, scores of exactly these parts, what is missing."""
     parts = parts_of(served.paths)
     sections = [
         table(
@@ -20,6 +21,10 @@ def about(served: ServedPaths, models: ServedModels, words: Words) -> str:
             [(getattr(words, part.role), parameters(models, part.role), *facts(part)) for part in parts],
         )
     ]
+    worded = {name: kind for name, kind in models.reader.wording.recorded().items() if kind != RELEASED}
+    if worded:
+        said = "; ".join(f"{name} `{kind}`" for name, kind in worded.items())
+        sections.append(words.wording.format(wording=said))
     contents = Contents.at(memory_of(served.run))
     current, stale = evaluations_of(served.run, parts, flux_of_all(served.paths), contents)
     contents.save()

@@ -241,8 +241,12 @@ class Page:
         gr.on(changes, sentence, inputs, note, queue=False, show_progress="hidden", api_visibility="private")
 
     def _examples(self, task: str, fallback: Sequence[str], inputs: dict[str, Any]) -> None:
-        """Rows of the run's own dataset, or words alone, in both languages. inputs: by the field of Words on them."""
-        examples = self.examples.get(task) or [Example(words, None) for words in fallback]
+        """Rows of the run's own dataset, or words alone: of training rows, or others in both languages.
+
+        inputs: by the field of Words on them.
+        """
+        words_alone = self.models.reader.wording.examples(task) or fallback
+        examples = self.examples.get(task) or [Example(words, None) for words in words_alone]
         fields = list(inputs) if all(example.picture for example in examples) else list(inputs)[-1:]
         targets = [inputs[field] for field in fields]
 

@@ -51,6 +51,7 @@ class Words:
     fingerprint: str
     trained: str
     parameters: str
+    wording: str
     scores: str
     score: str
     interval: str
@@ -114,6 +115,7 @@ ENGLISH = Words(
     fingerprint="Fingerprint",
     trained="Training steps",
     parameters="Parameters",
+    wording="How prompts are worded: {wording}",
     scores="Scores on the {split} rows",
     score="Score",
     interval="95% interval",
@@ -176,6 +178,7 @@ CHINESE = Words(
     fingerprint="指纹",
     trained="训练步数",
     parameters="参数量",
+    wording="提示词的措辞：{wording}",
     scores="在 {split} 数据上的得分",
     score="得分",
     interval="95% 置信区间",

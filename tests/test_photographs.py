@@ -14,6 +14,7 @@ from data.doctor import main as data_check
 from data.mixture import check_dataset
 from data.quarantine import read_left_out
 from nexus_gen.specs.artifact import Manifest, verify
+from nexus_gen.specs.wording import Wording
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +107,16 @@ def test_every_stage_takes_photographs(photographs: Path, photograph_run: Path) 
     for stage, samples in (("embed_generation", (4, 2)), ("embed_editing", (12, 6))):
         splits = Manifest.load(photograph_run / stage / "artifact").details["splits"]
         assert tuple(sum(shard["samples"] for shard in splits[name]) for name in ("train", "heldout")) == samples
+
+
+def test_the_language_model_records_how_the_rows_are_worded(photograph_run: Path) -> None:
+    words = Wording.load(photograph_run / "pretrain" / "artifact")
+    generation, editing = words.of("generation", "en"), words.of("editing", "zh")
+    assert generation.user == "Generate an image according to the following description: {}"
+    assert (generation.reply, generation.shares) == ("<image>", {generation.user: 1.0})
+    assert (editing.user, editing.reply) == ("<image> {}", "Here is the image: <image>")
+    said = (photograph_run / "said").read_text(encoding="utf-8")
+    assert "prompts (understanding, en) are to be worded as rows are: released" in said
 
 
 def test_quarantined_rows_are_counted_by_every_stage_and_reach_none(photographs: Path, photograph_run: Path) -> None:

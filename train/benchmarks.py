@@ -26,13 +26,6 @@ from nexus_gen.specs.content import Contents
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, memory_of
 from nexus_gen.specs.numbers import not_finite
-from nexus_gen.specs.prompts import (
-    EDITING_PROMPT,
-    EDITING_REPLY,
-    GENERATION_PROMPT,
-    GENERATION_REPLY,
-    language_of,
-)
 from nexus_gen.specs.results import check_result
 from train.outcomes import prompt_of, require_truth
 from train.progress import progress_bar
@@ -198,11 +191,12 @@ def paint_prompts(model: "NexusGen", todo: list[tuple[str, Path]], arguments: ar
     """Paint (prompt, path) pairs."""
     for batch in batches(todo, arguments.batch_size, "geneval"):
         asked = list(dict.fromkeys(prompt for prompt, _ in batch))  # the samples of a prompt share its embeddings
-        languages = [language_of(prompt) for prompt in asked]
+        turns = [model.wording.turn("generation", prompt) for prompt in asked]
         embeds = model.imagine_all(
-            [GENERATION_PROMPT[language].format(prompt) for language, prompt in zip(languages, asked, strict=True)],
-            [GENERATION_REPLY[language] for language in languages],
+            [turn.user for turn in turns],
+            [turn.reply for turn in turns],
             [[] for _ in asked],
+            [turn.system for turn in turns],
         )
         rows = [asked.index(prompt) for prompt, _ in batch]
         save(model.paint(embeds[rows], **sampling([path for _, path in batch], arguments)), batch)
@@ -229,10 +223,12 @@ def prepare_edits(arguments: argparse.Namespace) -> "Callable[[NexusGen], int]":
 def paint_edits(model: "NexusGen", todo: list[tuple[Edit, Path]], arguments: argparse.Namespace) -> int:
     """Paint (edit, path) pairs."""
     for batch in batches(todo, arguments.batch_size, "imgedit"):
+        turns = [model.wording.turn("editing", edit.prompt, num_pictures=1) for edit, _ in batch]
         pictures = model.edit_all(
-            [EDITING_PROMPT.format(edit.prompt) for edit, _ in batch],
-            [EDITING_REPLY[language_of(edit.prompt)] for edit, _ in batch],
+            [turn.user for turn in turns],
+            [turn.reply for turn in turns],
             [[edit.image] for edit, _ in batch],
+            systems=[turn.system for turn in turns],
             **sampling([path for _, path in batch], arguments),
         )
         save(pictures, batch)

@@ -30,11 +30,13 @@ from transformers.utils.logging import disable_progress_bar
 import train.deepspeed_mends  # noqa: F401
 from data.loader_processes import batches
 from data.mixture import Mixture
+from data.wording import trained_wording
 from nexus_gen.ar_checkpoint import load_config, load_generation_config, save_autoregressive
 from nexus_gen.autoregressive import TARGET_INPUTS, LossWeights
 from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import patches_per_side
+from nexus_gen.specs.wording import Wording
 from train.checkpoint_files import set_damaged_aside
 from train.message_stream import MessageStream, Quarantine
 from train.metrics import MetricsLogger, latest
@@ -97,6 +99,9 @@ class PretrainStage(Stage[PretrainConfig]):
         if done > config.trainer.max_steps:  # of epochs; the launcher compared what needs no rows to be counted
             epochs = done * config.trainer.global_batch_size / mixture.epoch_rows
             raise UserError(shorter(config.stage, "data.num_epochs", config.data.num_epochs, epochs))
+        wording = trained_wording(mixture, Path(config.model.qwen)) if self.rank == 0 else Wording()
+        for name, kind in wording.recorded().items():
+            log.info("prompts (%s) are to be worded as rows are: %s", name, kind)
         pipeline = PretrainPipeline(config, mixture, heldout, self.rank, self.world_size, self.device_type)
         pipeline.main()
         if not pipeline.finished:
@@ -106,6 +111,7 @@ class PretrainStage(Stage[PretrainConfig]):
         def export(directory: Path) -> dict[str, Any]:
             pipeline.restore_config()
             save_autoregressive(pipeline.model, directory, processor_from=config.model.qwen, state_dict=weights)
+            wording.save(directory)
             return {
                 "max_pixels": config.data.max_pixels,
                 "consistent_edit_scale": config.data.consistent_edit_scale,

@@ -28,11 +28,6 @@ EDITING_REPLY = {"en": "Here is the image: <image>", "zh": "以下为编辑后�
 UNDERSTANDING_PROMPT = "<image>\n{}"
 
 
-def with_pictures(prompt: str, words: str, count: int) -> str:
-    """The user message about several pictures: a tag for each, as EDITING_PROMPT or UNDERSTANDING_PROMPT have one."""
-    return prompt.removesuffix("{}") * count + words
-
-
 def words_of(content: str) -> str:
     """A user message without image tags and without the words around a caption."""
     words = content.replace(IMAGE_TAG, "").strip()

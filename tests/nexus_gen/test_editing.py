@@ -24,7 +24,7 @@ class Recorder(NexusGen):
         self.references: list[tuple[int, int]] = []
         self.batches: list[tuple[tuple[int, int], list[int]]] = []
 
-    def imagine_all(self, contents: list[str], replies: list[str], images: list[list[Any]]) -> torch.Tensor:
+    def imagine_all(self, contents: list[str], replies: Any, images: list[list[Any]], *_: Any) -> torch.Tensor:
         self.prompts += contents
         self.shown += [[image.size for image in of_row] for of_row in images]
         return torch.arange(len(contents))[:, None, None].float()
@@ -40,7 +40,7 @@ class Recorder(NexusGen):
         seeds = [seed] * len(rows) if isinstance(seed, int) else seed
         return [Image.new("RGB", (width, height), (row, one, 0)) for row, one in zip(rows, seeds, strict=True)]
 
-    def answer_all(self, contents: list[str], images: Any, *_: Any) -> list[str]:
+    def answer_all(self, contents: list[str], images: Any, *_: Any, **__: Any) -> list[str]:
         self.prompts += contents
         return ["yes"]
 
