@@ -1,4 +1,4 @@
-"""The scores of an evaluation as a table for the terminal and as one self-contained HTML page with the failures."""
+"""The scores of an evaluation as a table for the terminal, and as one self-contained HTML page with rows."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,8 @@ from PIL import Image
 
 from data.messages import Row
 from nexus_gen.specs.images import open_image
-from nexus_gen.specs.scores import in_unit, is_detail
+from nexus_gen.specs.scores import chance_of, in_unit, is_detail
+from train.limits import limits
 from train.outcomes import Outcome
 from train.report import template
 
@@ -16,23 +17,26 @@ Scores = dict[str, dict[str, Any]]
 
 
 def table(scores: Scores) -> str:
-    """Name, value, 95% interval and number of samples of every score, without the details by language."""
-    lines = [("score", "value", "95% interval", "rows")]
+    """Name, value, 95% interval, chance and number of samples of every score, without the details by language.
+
+    Chance has a column where any score has it.
+    """
+    lines = [("score", "value", "95% interval", "chance", "rows")]
     for name, score in scores.items():
         if not is_detail(name):
-            lines.append((name, *in_unit(name, score), str(score["count"])))
+            lines.append((name, *in_unit(name, score), chance_of(name, score), str(score["count"])))
+    if not any(chance for *_, chance, _ in lines[1:]):
+        lines = [(*line[:3], line[4]) for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        f"{name:<{widths[0]}}  {value:>{widths[1]}}  {interval:>{widths[2]}}  {count:>{widths[3]}}"
-        for name, value, interval, count in lines
-    )
+    return "\n".join("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in lines)
 
 
 @dataclass
 class Line:
-    """A line of the page's table: what, and per column (value, interval, rows) or None."""
+    """A line of the page's table: what, its chance level or nothing, and per column (value, interval, rows) or None."""
 
     label: str
+    chance: str
     cells: list[tuple[str, str, int] | None]
 
 
@@ -48,7 +52,11 @@ def lines_of(phase: str, scores: Scores) -> tuple[list[str], list[Line]]:
 
     columns = ["all", *languages]
     return columns, [
-        Line(label.replace("_", " "), [cell(label), *(cell(f"{language}/{label}") for language in languages)])
+        Line(
+            label.replace("_", " "),
+            chance_of(label, scores.get(f"{phase}/{label}", {})),
+            [cell(label), *(cell(f"{language}/{label}") for language in languages)],
+        )
         for label in labels
     ]
 
@@ -64,19 +72,30 @@ def render(
     def images(outcome: Outcome) -> list[Image.Image]:
         return [open_image(path) for path in rows[outcome["id"]].images]
 
+    def nearest(outcome: Outcome) -> Image.Image:
+        """The held-out picture that is nearest to what was painted."""
+        found = outcome["painted"]["nearest"] or {"id": outcome["id"], "place": -1}
+        return open_image(rows[found["id"]].images[found["place"]])
+
     phases = list(dict.fromkeys(outcome["phase"] for outcome in outcomes))
-    wrong = {phase: [r for r in outcomes if r["phase"] == phase and not r.get("right", True)] for phase in phases}
+    judged = {phase: [r for r in outcomes if r["phase"] == phase and "category" in r] for phase in phases}
+    own = {phase: [r for r in outcomes if r["phase"] == phase and "category" not in r] for phase in phases}
+    wrong = {phase: [r for r in of_phase if not r.get("right", True)] for phase, of_phase in judged.items() if of_phase}
     reconstructed = {
         phase: sorted((r for r in outcomes if r["phase"] == phase), key=lambda outcome: outcome["psnr"])
         for phase in phases
         if phase.startswith("reconstruction")
     }
+    tables = [name for phase in phases for name in (phase, f"imagined/{phase}")]
     return template("evaluation.html.j2").render(
         title=title,
-        tables={phase: lines_of(phase, scores) for phase in phases},
+        tables={name: lines for name in tables if (lines := lines_of(name, scores))[1]},
+        limits=[limit.sentence for limit in limits(scores)],
+        own=own,
         wrong=wrong,
         reconstructed=reconstructed,
         num_shown=num_shown,
         made=made,
         images=images,
+        nearest=nearest,
     )
