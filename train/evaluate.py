@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from data.dataset_files import is_pattern
 from data.messages import Row
 from data.pictures import PictureHashes
-from data.quarantine import NOTHING, LeftOut
+from data.quarantine import NOTHING
 from data.truth import has_scenes
 from nexus_gen.commands import add_model_arguments
 from nexus_gen.preflight import require_loadable
 from nexus_gen.specs.arguments import Parser
-from nexus_gen.specs.artifact import Manifest, building, fingerprint_path, seal, write_text_atomic
+from nexus_gen.specs.artifact import Manifest, building, digest, fingerprint_path, seal, write_text_atomic
 from nexus_gen.specs.content import Contents
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.framing import Frame
@@ -31,8 +31,8 @@ from nexus_gen.specs.images import open_image
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, flag_of, memory_of, results_of
 from nexus_gen.specs.results import check_result
 from train.benchmarks import batches, noise_seed
-from train.evaluated_rows import KnownPicture, fingerprint_dataset, look_at, read_tasks
-from train.evaluation_page import render, table
+from train.evaluated_rows import KnownPicture, fingerprint_dataset, look_at, probe_pictures, read_tasks
+from train.evaluation_page import render
 from train.found_again import PictureFinder
 from train.limits import limits
 from train.outcomes import (
@@ -47,6 +47,7 @@ from train.outcomes import (
 )
 from train.own_rows import judge_change, judge_reply
 from train.schemas.run_directory import code_version, load_config
+from train.score_lines import table
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,6 +73,11 @@ def parser() -> Parser:
         "--split", default="heldout", choices=SPLITS, help="of the run's dataset (default: %(default)s)"
     )
     result.add_argument("--rows", type=Path, help="any rows instead of a split")
+    result.add_argument(
+        "--probe-rows",
+        type=Path,
+        help="rows whose pictures teach the probe what prompts and labels look like (default: the run's training rows)",
+    )
     result.add_argument("--num", type=int, help="the first rows of each task (default: all)")
     result.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="default: all")
     result.add_argument(
@@ -111,13 +117,40 @@ def rows_file(arguments: argparse.Namespace) -> Path:
     return path
 
 
-def run_options(arguments: argparse.Namespace) -> tuple[Path | None, LeftOut]:
-    """(what the pictures of a run's own rows are relative to, which rows it leaves out), where its config says so."""
-    if arguments.rows is not None:
-        return None, NOTHING
-    config: Any = load_config(arguments.run / "pretrain")
-    left_out = config.data.left_out("heldout") if arguments.split == "heldout" else NOTHING
-    return (Path(config.data.picture_root) if config.data.picture_root else None), left_out
+class EvaluatedRows:
+    """What an evaluation asks, and of which pictures it finds what is painted again; reads all of it at once."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.path = rows_file(arguments)
+        own: Any = load_config(arguments.run / "pretrain").data if arguments.rows is None else None  # type: ignore[attr-defined]
+        root = Path(own.picture_root) if own is not None and own.picture_root else None
+        left_out = own.left_out("heldout") if own is not None and arguments.split == "heldout" else NOTHING
+        every = read_tasks(self.path, None, root, left_out)
+        self.by_id = {row.id: row for of_task in every.values() for row in of_task}
+        self.tasks: dict[str, list[Row]] = {}
+        self.known: dict[str, list[KnownPicture]] = {}
+        self.keys: dict[str, str] = {}
+        for task, of_task in every.items():
+            self.tasks[task], self.known[task], keys = look_at(of_task, arguments.num)
+            self.keys |= keys
+        self.for_probe: dict[str, list[KnownPicture]] = {}
+        train = arguments.probe_rows or (Path(own.train) if own is not None else None)
+        if train is not None and (arguments.probe_rows or train.exists() or is_pattern(train)):
+            options = (root, own.left_out("train")) if own is not None and not arguments.probe_rows else ()
+            for task, known in self.known.items():
+                self.for_probe[task] = probe_pictures(train, known, task, *options)
+
+    def inputs(self, hashes: PictureHashes) -> dict[str, str]:
+        """Fingerprints of the rows with their pictures, and of the pictures that teach a probe, if any."""
+        pictures = [image for of_task in self.tasks.values() for row in of_task for image in row.images]
+        pictures += [picture.image for of_task in self.known.values() for picture in of_task]
+        found = {"rows": fingerprint_dataset(self.path, pictures, hashes)}
+        taught = [
+            [picture.key, *sorted(picture.prompts | picture.labels)]
+            for of_task in self.for_probe.values()
+            for picture in of_task
+        ]
+        return found | ({"probe": digest(taught)} if taught else {})
 
 
 class Models:
@@ -303,26 +336,18 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
     if arguments.num_shown < 0:
         raise UserError(f"--num-shown is {arguments.num_shown}; it must be 0 or more")
-    rows = rows_file(arguments)
-    tasks: dict[str, list[Row]] = {}
-    known: dict[str, list[KnownPicture]] = {}
-    keys: dict[str, str] = {}
-    every = read_tasks(rows, None, *run_options(arguments))
-    for task, of_task in every.items():
-        tasks[task], known[task], of_pictures = look_at(of_task, arguments.num)
-        keys |= of_pictures
-    wanted = phases(tasks, PictureFinder(known, keys, arguments.batch_size), arguments)
+    rows = EvaluatedRows(arguments)
+    finder = PictureFinder(rows.known, rows.for_probe, rows.keys, arguments.batch_size)
+    wanted = phases(rows.tasks, finder, arguments)
     if not wanted:
-        raise UserError(f"{rows} holds no rows of {', '.join(arguments.tasks)}; give other --tasks or --rows")
+        raise UserError(f"{rows.path} holds no rows of {', '.join(arguments.tasks)}; give other --tasks or --rows")
     painting = {phase.decoder for phase in wanted}
     models = Models(arguments, [kind for kind in DECODER_KINDS if kind in painting])
-    split = arguments.split if arguments.rows is None else rows.stem
+    split = arguments.split if arguments.rows is None else rows.path.stem
     options = ("num", "tasks", "seed", "editor", "num_inference_steps", "cfg_scale")
     settings = {"split": split, **{name: getattr(arguments, name) for name in options}}
     hashes = PictureHashes(memory_of(arguments.run))
-    pictures = [image for of_task in tasks.values() for row in of_task for image in row.images]
-    pictures += [picture.image for of_task in known.values() for picture in of_task]
-    inputs = {"rows": fingerprint_dataset(rows, pictures, hashes), **models.inputs(hashes.contents)}
+    inputs = {**rows.inputs(hashes), **models.inputs(hashes.contents)}
     hashes.contents.save()
     output = arguments.output or results_of(arguments.run) / "evaluation" / split
     if output.exists() and not (output / IDENTITY).is_file() and (output.is_file() or any(output.iterdir())):
@@ -344,10 +369,9 @@ def main(argv: list[str]) -> int:
         scores = {name: score.as_json for name, score in scores_of(outcomes.outcomes).items()}
         write_text_atomic(directory / "scores.json", json.dumps(scores, indent=1) + "\n")
         title = f"{arguments.run.name}, {split}"
-        by_id = {row.id: row for kind in every.values() for row in kind}
         write_text_atomic(
             directory / "index.html",
-            render(title, scores, outcomes.outcomes, by_id, directory, arguments.num_shown),
+            render(title, scores, outcomes.outcomes, rows.by_id, directory, arguments.num_shown),
         )
         seal(directory, Manifest("evaluation", "evaluate", settings, inputs, code, {"scores": scores}))
     print(table(scores))

@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from data.messages import Row, RowError
@@ -21,13 +23,15 @@ from train.outcomes import prompt_of
 log = logging.getLogger(__name__)
 
 MAX_KNOWN = 500  # distinct pictures of a task among which others are found again; a vision tower looks at each
+MAX_READ = 20_000  # rows that are searched for pictures of the same prompts
 
 
 @dataclass(frozen=True)
 class KnownPicture:
     """A distinct picture of the held-out rows of a task. key: of its pixels. image: where it is.
 
-    row, place: the first row that shows it, and its number in it. prompts, labels: of all rows that make it.
+    row, place: the first row that shows it, and its number in it. prompts, labels: of all rows that make it; those
+    of edits have no prompts, because an instruction says little of what the whole picture shows.
     """
 
     key: str
@@ -118,11 +122,39 @@ def look_at(rows: Iterable[Row], num: int | None) -> tuple[list[Row], list[Known
     return asked, list(known.values()), keys
 
 
+def probe_pictures(
+    path: Path, known: Sequence[KnownPicture], task: str, root: Path | None = None, left_out: LeftOut = NOTHING
+) -> list[KnownPicture]:
+    """Pictures of other rows of a task, of training as a rule, that have a prompt or a label of the known ones.
+
+    They teach a probe what these look like; at most MAX_KNOWN, out of the first MAX_READ rows. Rows that cannot be read
+    or opened are passed over.
+    """
+    names = frozenset[str]().union(*(picture.prompts | picture.labels for picture in known))
+    if len(names) < 2:
+        return []
+    there = {picture.key for picture in known}
+    found: dict[str, KnownPicture] = {}
+    for _, row, reason in islice(read_places(path, left_out, root), MAX_READ):
+        if len(found) >= MAX_KNOWN:
+            break
+        if reason or isinstance(row, RowError) or row.task != task or has_scenes(row) or _not_asked(row):
+            continue
+        about = _seen_again(None, "", row, len(row.images) - 1)
+        if names.isdisjoint(about.prompts | about.labels):
+            continue
+        with suppress(UserError):
+            key = key_of(row.images[-1])
+            if key not in there:
+                found[key] = _seen_again(found.get(key), key, row, about.place)
+    return list(found.values())
+
+
 def _seen_again(before: KnownPicture | None, key: str, row: Row, place: int) -> KnownPicture:
     """A known picture with what one more row says of it; a picture that is only given is of no prompt."""
     is_made = place == len(row.images) - 1
     label = (row.truth or {}).get("label")
-    prompts = frozenset([prompt_of(row)] if is_made else [])
+    prompts = frozenset([prompt_of(row)] if is_made and row.task == "generation" else [])
     labels = frozenset([label] if is_made and label else [])
     if before is None:
         return KnownPicture(key, row.images[place], row.id, place, prompts, labels)

@@ -1,5 +1,6 @@
 """What the models paint and imagine of held-out rows, found again among their pictures by the vision tower."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,6 @@ from PIL import Image
 from data.messages import Row
 from nexus_gen.specs.framing import Frame
 from nexus_gen.specs.images import open_image
-from train.benchmarks import batches
 from train.evaluated_rows import KnownPicture
 from train.own_rows import KnownPictures
 
@@ -22,9 +22,19 @@ if TYPE_CHECKING:
 class PictureFinder:
     """Compares pictures and embeddings with those of held-out rows, which are embedded when a task needs them first."""
 
-    def __init__(self, known: Mapping[str, Sequence[KnownPicture]], keys: Mapping[str, str], batch_size: int) -> None:
-        """known: task -> its distinct pictures. keys: row -> the picture that it makes. batch_size: of the tower."""
+    def __init__(
+        self,
+        known: Mapping[str, Sequence[KnownPicture]],
+        for_probe: Mapping[str, Sequence[KnownPicture]],
+        keys: Mapping[str, str],
+        batch_size: int,
+    ) -> None:
+        """known: task -> its distinct pictures. for_probe: task -> pictures that teach the probes alone.
+
+        keys: row -> the picture that it makes. batch_size: of the vision tower.
+        """
         self._known = known
+        self._for_probe = for_probe
         self._keys = keys
         self._batch_size = batch_size
         self._embeds: dict[str, np.ndarray] = {}  # task -> (G, N, D)
@@ -39,10 +49,13 @@ class PictureFinder:
         if len(self._known.get(task, ())) < 2:
             return [None] * len(rows)
         if task not in self._pictures:
-            images = [open_image(picture.image) for picture in self._known[task]]
-            parts = batches(images, self._batch_size, f"{task}: held-out pictures")
-            self._embeds[task] = np.concatenate([embedded(model, task, part) for part in parts])
-            self._pictures[task] = KnownPictures(self._known[task], self._embeds[task])
+            pictures = [*self._known[task], *self._for_probe.get(task, ())]
+            print(f"{task}: looking at {len(pictures)} pictures to find painted ones among", file=sys.stderr)
+            parts = [pictures[first : first + self._batch_size] for first in range(0, len(pictures), self._batch_size)]
+            self._embeds[task] = np.concatenate(
+                [embedded(model, task, [open_image(picture.image) for picture in part]) for part in parts]
+            )
+            self._pictures[task] = KnownPictures(self._known[task], self._embeds[task], self._for_probe.get(task, ()))
         place = {picture.key: number for number, picture in enumerate(self._known[task])}
         keys = [self._keys[row.id] for row in rows]
         own = [

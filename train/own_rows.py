@@ -58,14 +58,17 @@ def judge_change(row: Row, picture: Image.Image) -> Outcome:
 class KnownPictures:
     """The pictures of a task's held-out rows with their embeddings: what others are found among and read by."""
 
-    def __init__(self, known: Sequence[KnownPicture], embeds: np.ndarray) -> None:
-        """embeds: (G, N, D), of each."""
+    def __init__(
+        self, known: Sequence[KnownPicture], embeds: np.ndarray, for_probe: Sequence[KnownPicture] = ()
+    ) -> None:
+        """for_probe: further pictures that teach the probes alone. embeds: of both, (G, N, D)."""
         self._known = {picture.key: picture for picture in known}
-        self._gallery = Gallery(list(self._known), embeds)
-        features = features_of(embeds)
+        self._gallery = Gallery(list(self._known), embeds[: len(known)])
+        taught = [*known, *for_probe]
+        keys, features = [picture.key for picture in taught], features_of(embeds)
         self._readers = {
-            "class": ClassReader(list(self._known), features, [picture.prompts for picture in known]),
-            "label": ClassReader(list(self._known), features, [picture.labels for picture in known]),
+            "class": ClassReader(keys, features, [picture.prompts for picture in taught]),
+            "label": ClassReader(keys, features, [picture.labels for picture in taught]),
         }
 
     def compare(self, embeds: np.ndarray, own: Sequence[str], own_embeds: np.ndarray) -> list[dict[str, Any]]:
