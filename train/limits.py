@@ -63,7 +63,7 @@ def answers_limit(scores: Scores) -> Limit | None:
         return None
     score = given[best]
     kind = "similarity to the true answers" if best.endswith("similarity") else "are right"
-    said = f"{score['value']:.0%} {kind}, where always the commonest answer gives {score['chance']:.0%}"
+    said = f"{score['value']:.0%} {kind}, where always the commonest answer gives {_share(score['chance'])}"
     return _limit("understanding", "pretrain", 1 - reached, "the answers", said)
 
 
@@ -81,9 +81,10 @@ def pictures_limit(scores: Scores, task: str) -> Limit | None:
     losses = {"decoder": 1 - of_true, "imagined": 1 - of_imagined, "between": min(of_true, of_imagined) - of_painted}
     worst = max(losses, key=lambda name: losses[name])
     kind = PICTURES[measure]
+    chance = _share(painted["chance"])
     said = (
         f"{true['value']:.0%} of {kind} when painted from true embeddings, {painted['value']:.0%} when painted from "
-        f"imagined ones, {imagined['value']:.0%} by the imagined embeddings themselves (chance {painted['chance']:.0%})"
+        f"imagined ones, {imagined['value']:.0%} by the imagined embeddings themselves (chance {chance})"
     )
     what, stage = {
         "decoder": (f"the {task} decoder", decoder),
@@ -104,6 +105,10 @@ def _measure(scores: Scores, names: tuple[str, ...]) -> str | None:
         if measure != "class_top1" or 2 * of_measure[-1]["count"] >= asked:  # type: ignore[index]
             return measure
     return None
+
+
+def _share(chance: float) -> str:
+    return "below 1%" if 0 < chance < 0.01 else f"{chance:.0%}"
 
 
 def _limit(task: str, stage: str, loss: float, what: str, said: str) -> Limit:
