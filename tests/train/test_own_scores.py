@@ -1,10 +1,15 @@
 """Scores of rows without ground truth, by hand on few outcomes: values, counts and chance levels."""
 
+import ast
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from train.outcomes import scores_of
+
+ROOT = Path(__file__).parents[2]
 
 
 def found(rank: int, among: int = 10, distance: float = 0.2, **readings: Any) -> dict[str, Any]:
@@ -133,3 +138,42 @@ def test_rows_with_scenes_keep_their_scores_beside_others() -> None:
     assert set(mixed) - set(alone) == {"understanding/exact", "understanding/similarity"}
     assert all("chance" not in score.as_json for score in alone.values())
     assert mixed["understanding/exact"].as_json["chance"] == 1.0
+
+
+def listed() -> list[list[str]]:
+    """The cells of the rows of the table in docs/evaluation.md."""
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## Rows without ground truth\n(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL)
+    return [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in section.splitlines() if line[:3] == "| `"
+    ]
+
+
+def test_every_score_is_listed_with_a_test_that_is_there() -> None:
+    both = {"class": read(True, 0.1), "label": read(True, 0.1)}
+    outside = {"psnr": 30.0, "l1": 0.1, "ssim": 0.9}
+    edit = {**outside, "inside_psnr": 1.0, "unchanged_psnr": 1.0, "changed": True}
+    label = {"label": read(True, 0.1)}
+    written = scores_of(
+        [
+            answer("?", "a", "a", True, 1.0, true_answer="a", right=True),
+            of_phase("generation", painted=found(1, **both), imagined=found(1, **both)),
+            of_phase("editing", painted=found(1, **label), imagined=found(1, **label), **edit),
+            of_phase("reconstruction/generation_decoder", painted=found(1, **both), **outside),
+            of_phase("reconstruction/editing_decoder", painted=found(1, **label), **outside),
+        ]
+    )
+    words = {
+        "<task>": "(generation|editing)",
+        "<decoder>": "(generation|editing)_decoder",
+        "<measure>": "(psnr|l1|ssim)",
+    }
+    patterns = []
+    for name, definition, _, proof in listed():
+        assert len(definition) > 20
+        file, _, test = proof.strip("`").partition("::")
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, proof
+        patterns.append(re.compile("".join(words.get(part, part) for part in re.split(r"(<\w+>)", name.strip("`")))))
+    assert [name for name in written if sum(bool(one.fullmatch(name)) for one in patterns) != 1] == []
+    assert [one.pattern for one in patterns if not any(map(one.fullmatch, written))] == []
