@@ -15,6 +15,7 @@ from PIL import Image
 from data.messages import Row
 from data.stored_pictures import not_there
 from data.token_lengths import Length, Size, TokenLengths
+from data.truth import truth_problem
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import MAX_ASPECT, EncodedImage, StoredImage, open_image, open_size, read_image_bytes
 from nexus_gen.specs.prompts import IMAGE_TAG
@@ -212,6 +213,8 @@ class RowChecker:
             if picture not in pictures[:number]:
                 found += [Problem(kind, reason, number) for kind, reason in picture.problems]
         found += edit_problems(row, pictures)
+        if problem := truth_problem(row):
+            found.append(Problem("truth", problem))
         if length is not None and self.max_length is not None:
             over = length_problem(length, self.max_length)
             found += [over] if over else []

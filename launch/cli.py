@@ -37,7 +37,10 @@ COMMANDS = {
     "models convert": ("nexus_gen.model_commands", "write a checkpoint in another layout"),
     "models ship": ("train.ship", "cut a run down to what inference and finetuning read, in half precision"),
     "completion": ("launch.completion", "tab completion for bash: source <(nexus-gen completion)"),
-    "evaluate": ("train.evaluate", "scores of a run's models on rows with ground truth, with a page of the failures"),
+    "evaluate": (
+        "train.evaluate",
+        "scores of a run's models on held-out rows, what limits them, and a page with pictures",
+    ),
     "evaluate geneval": ("train.benchmarks", "paint prompts into the file layout of GenEval"),
     "evaluate imgedit": ("train.benchmarks", "edit pictures into the file layout of ImgEdit"),
     "evaluate choices": ("train.multiple_choice", "accuracy on multiple-choice questions, as MMMU has them"),

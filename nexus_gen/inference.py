@@ -259,14 +259,28 @@ class NexusGen:
         contents, replies, systems: as of `imagine_all`. aspect, size, width, height: as of `Frame.of`. sampling: as of
         `paint`.
         """
+        shape: dict[str, Any] = {"aspect": aspect, "size": size, "width": width, "height": height}
+        return self.repaint(*self.imagine_edits(contents, replies, images, systems, **shape), **sampling)
+
+    def imagine_edits(
+        self,
+        contents: list[str],
+        replies: list[str],
+        images: Sequence[Sequence[Picture]],
+        systems: list[str] | None = None,
+        **shape: Any,
+    ) -> tuple[Tensor, list[Frame], list[Image.Image]]:
+        """(embeddings of the results (B, N, D), frames, sources) of edits, as `repaint` takes them.
+
+        contents, replies, images, systems: as of `edit_all`. shape: as of `Frame.of`.
+        """
         opened = [[as_image(picture) for picture in of_row] for of_row in images]
         sources = [of_row[-1] for of_row in opened]
-        shape: dict[str, Any] = {"aspect": aspect, "size": size, "width": width, "height": height}
         frames = [Frame.of(source.size, self.details, **shape) for source in sources]
         shown: list[list[Picture]] = [
             [*of_row[:-1], frame.fit(of_row[-1])] for frame, of_row in zip(frames, opened, strict=True)
         ]
-        return self.repaint(self.imagine_all(contents, replies, shown, systems), frames, sources, **sampling)
+        return self.imagine_all(contents, replies, shown, systems), frames, sources
 
     def seen_sizes(self, sizes: Sequence[tuple[int, int]], edits: bool = False) -> list[tuple[int, int]]:
         """In which size the language model looks at the pictures of a question, or of an edit."""

@@ -1,4 +1,4 @@
-"""`nexus-gen evaluate RUN`: scores of a run's models on rows with ground truth, as an artifact and a page.
+"""`nexus-gen evaluate RUN`: scores of a run's models on held-out rows, as an artifact and a page.
 
 nexus-gen evaluate runs/tiny --split compositional --num 100
 
@@ -6,10 +6,10 @@ Docs: docs/evaluation.md says what is measured and what counts as right.
 """
 
 import argparse
-import dataclasses
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from data.dataset_files import is_pattern
 from data.messages import Row
-from data.mixture import read_dataset
-from data.mixture_spec import load_mixture
-from data.pictures import PictureHashes, fingerprint_rows
+from data.pictures import PictureHashes
+from data.quarantine import NOTHING
+from data.truth import has_scenes
 from nexus_gen.commands import add_model_arguments
 from nexus_gen.preflight import require_loadable
 from nexus_gen.specs.arguments import Parser
@@ -27,11 +27,14 @@ from nexus_gen.specs.artifact import Manifest, building, digest, fingerprint_pat
 from nexus_gen.specs.content import Contents
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.framing import Frame
-from nexus_gen.specs.images import StoredImage, open_image
+from nexus_gen.specs.images import open_image
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, flag_of, memory_of, results_of
 from nexus_gen.specs.results import check_result
 from train.benchmarks import batches, noise_seed
-from train.evaluation_page import render, table
+from train.evaluated_rows import KnownPicture, fingerprint_dataset, look_at, probe_pictures, read_tasks
+from train.evaluation_page import render
+from train.found_again import PictureFinder
+from train.limits import limits
 from train.outcomes import (
     MAX_ANSWER_TOKENS,
     Outcome,
@@ -39,13 +42,16 @@ from train.outcomes import (
     judge_editing,
     judge_generation,
     judge_reconstruction,
-    require_truth,
+    outcome_of,
     scores_of,
 )
+from train.own_rows import judge_change, judge_reply
 from train.schemas.run_directory import code_version, load_config
+from train.score_lines import table
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from nexus_gen.inference import NexusGen
 
@@ -60,13 +66,18 @@ OUTCOMES, IDENTITY = "outcomes.jsonl", "identity.json"
 def parser() -> Parser:
     result = Parser(
         prog="nexus-gen evaluate",
-        description="Score a run's models on rows with ground truth. Interrupted, the same command goes on.",
+        description="Score a run's models on held-out rows. Interrupted, the same command resumes.",
     )
     result.add_argument("run", type=Path, nargs="?", default=default_run(), help="default: %(default)s")
     result.add_argument(
         "--split", default="heldout", choices=SPLITS, help="of the run's dataset (default: %(default)s)"
     )
-    result.add_argument("--rows", type=Path, help="rows with ground truth instead of a split")
+    result.add_argument("--rows", type=Path, help="any rows instead of a split")
+    result.add_argument(
+        "--probe-rows",
+        type=Path,
+        help="rows whose pictures teach the probe what prompts and labels look like (default: the run's training rows)",
+    )
     result.add_argument("--num", type=int, help="the first rows of each task (default: all)")
     result.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="default: all")
     result.add_argument(
@@ -80,7 +91,7 @@ def parser() -> Parser:
     result.add_argument("--num-inference-steps", type=int, help="Euler steps (default: the decoders' own)")
     result.add_argument("--cfg-scale", type=float, help="classifier-free guidance (default: the decoders' own)")
     result.add_argument(
-        "--num-shown", type=int, default=24, help="failures on the page, of each task (default: %(default)s)"
+        "--num-shown", type=int, default=24, help="rows on the page, of each task (default: %(default)s)"
     )
     models = add_model_arguments(result, paints=True)
     for kind in DECODER_KINDS:
@@ -106,43 +117,40 @@ def rows_file(arguments: argparse.Namespace) -> Path:
     return path
 
 
-def picture_root(arguments: argparse.Namespace) -> Path | None:
-    """What the pictures of a run's own rows are relative to, where its config says so."""
-    config: Any = None if arguments.rows is not None else load_config(arguments.run / "pretrain")
-    return Path(config.data.picture_root) if config is not None and config.data.picture_root else None
+class EvaluatedRows:
+    """What an evaluation asks, and of which pictures it finds what is painted again; reads all of it at once."""
 
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.path = rows_file(arguments)
+        own: Any = load_config(arguments.run / "pretrain").data if arguments.rows is None else None  # type: ignore[attr-defined]
+        root = Path(own.picture_root) if own is not None and own.picture_root else None
+        left_out = own.left_out("heldout") if own is not None and arguments.split == "heldout" else NOTHING
+        every = read_tasks(self.path, None, root, left_out)
+        self.by_id = {row.id: row for of_task in every.values() for row in of_task}
+        self.tasks: dict[str, list[Row]] = {}
+        self.known: dict[str, list[KnownPicture]] = {}
+        self.keys: dict[str, str] = {}
+        for task, of_task in every.items():
+            self.tasks[task], self.known[task], keys = look_at(of_task, arguments.num)
+            self.keys |= keys
+        self.for_probe: dict[str, list[KnownPicture]] = {}
+        train = arguments.probe_rows or (Path(own.train) if own is not None else None)
+        if train is not None and (arguments.probe_rows or train.exists() or is_pattern(train)):
+            options = (root, own.left_out("train")) if own is not None and not arguments.probe_rows else ()
+            for task, known in self.known.items():
+                self.for_probe[task] = probe_pictures(train, known, task, *options)
 
-def read_tasks(path: Path, num: int | None, root: Path | None = None) -> dict[str, list[Row]]:
-    """The first `num` rows of each task that has ground truth; UserError when there are none.
-
-    root: what their pictures are relative to, the file unless given.
-    """
-    tasks: dict[str, list[Row]] = {}
-    left_out, ids = 0, set()
-    for row in read_dataset(path, picture_root=root):
-        require_truth(row)
-        if row.id in ids:
-            raise UserError(f"{row.where}: the id {row.id} is there twice; give every row its own")
-        ids.add(row.id)
-        if len(row.messages) != 2:
-            left_out += 1
-            continue
-        rows = tasks.setdefault(row.task, [])
-        if num is None or len(rows) < num:
-            rows.append(row)
-    if left_out:
-        log.warning("%s: %d rows of more than one exchange are left out", path, left_out)
-    if not tasks:
-        raise UserError(f"{path} holds no rows of one exchange; nexus-gen data shapes draws them")
-    return tasks
-
-
-def fingerprint_dataset(path: Path, pictures: list[StoredImage], hashes: PictureHashes) -> str:
-    """Of everything that `read_tasks` reads: one file, or all of a mixture, a pattern or a folder."""
-    dataset = load_mixture(path)
-    first, *others = [path] * dataset.is_mixture + dataset.files
-    rows = fingerprint_rows(first, pictures, hashes)
-    return digest([rows, *(fingerprint_path(file, hashes.contents) for file in others)]) if others else rows
+    def inputs(self, hashes: PictureHashes) -> dict[str, str]:
+        """Fingerprints of the rows with their pictures, and of the pictures that teach a probe, if any."""
+        pictures = [image for of_task in self.tasks.values() for row in of_task for image in row.images]
+        pictures += [picture.image for of_task in self.known.values() for picture in of_task]
+        found = {"rows": fingerprint_dataset(self.path, pictures, hashes)}
+        taught = [
+            [picture.key, *sorted(picture.prompts | picture.labels)]
+            for of_task in self.for_probe.values()
+            for picture in of_task
+        ]
+        return found | ({"probe": digest(taught)} if taught else {})
 
 
 class Models:
@@ -222,7 +230,7 @@ class Phase:
     answer: "Callable[[NexusGen, list[Row]], list[tuple[Outcome, Image | None]]]"
 
 
-def phases(tasks: dict[str, list[Row]], arguments: argparse.Namespace) -> list[Phase]:
+def phases(tasks: dict[str, list[Row]], finder: PictureFinder, arguments: argparse.Namespace) -> list[Phase]:
     """What the arguments ask for, in an order that loads each decoder once."""
 
     def sampling(rows: list[Row]) -> dict[str, Any]:
@@ -239,16 +247,18 @@ def phases(tasks: dict[str, list[Row]], arguments: argparse.Namespace) -> list[P
     def understand(model: "NexusGen", rows: list[Row]) -> "list[tuple[Outcome, Image | None]]":
         users = [row.messages[0]["content"] for row in rows]
         answers = model.answer_all(users, [list(row.images) for row in rows], MAX_ANSWER_TOKENS)
-        return [(judge_answer(row, answer), None) for row, answer in zip(rows, answers, strict=True)]
+        judges = [judge_answer if has_scenes(row) else judge_reply for row in rows]
+        return [(judge(row, answer), None) for judge, row, answer in zip(judges, rows, answers, strict=True)]
 
     def generate(model: "NexusGen", rows: list[Row]) -> "list[tuple[Outcome, Image | None]]":
         embeds = model.imagine_all(*turns(rows), [list(row.images[:-1]) for row in rows])
         pictures = model.paint(embeds, **sampling(rows))
-        return [(judge_generation(row, picture), picture) for row, picture in zip(rows, pictures, strict=True)]
+        return compared(model, rows, pictures, embeds, judge_generation, lambda row, _: outcome_of(row, "generation"))
 
     def edit(model: "NexusGen", rows: list[Row]) -> "list[tuple[Outcome, Image | None]]":
-        pictures = model.edit_all(*turns(rows), [row.images[:-1] for row in rows], **sampling(rows))
-        return [(judge_editing(row, picture), picture) for row, picture in zip(rows, pictures, strict=True)]
+        embeds, frames, sources = model.imagine_edits(*turns(rows), [row.images[:-1] for row in rows])
+        pictures = model.repaint(embeds, frames, sources, **sampling(rows))
+        return compared(model, rows, pictures, embeds, judge_editing, judge_change)
 
     def reconstruct(model: "NexusGen", rows: list[Row]) -> "list[tuple[Outcome, Image | None]]":
         kind = model.paths.decoder_kind
@@ -260,8 +270,37 @@ def phases(tasks: dict[str, list[Row]], arguments: argparse.Namespace) -> list[P
             frames = [Frame.of(source.size, model.details) for source in sources]
             shown = [frame.fit(target) for frame, target in zip(frames, targets, strict=True)]
             pictures = model.repaint(model.target_embeds(*shown), frames, sources, **sampling(rows))
+
+        def judge(row: Row, picture: "Image") -> Outcome:
+            return judge_reconstruction(row, picture, kind)
+
+        return compared(model, rows, pictures, None, judge, judge)
+
+    def compared(
+        model: "NexusGen",
+        rows: list[Row],
+        pictures: "list[Image]",
+        embeds: "Tensor | None",
+        judge: "Callable[[Row, Image], Outcome]",
+        judge_own: "Callable[[Row, Image], Outcome]",
+    ) -> "list[tuple[Outcome, Image | None]]":
+        """Outcomes of painted pictures; those of rows without scenes are found again among held-out ones.
+
+        embeds: that they are painted from, unless these are the true ones. judge_own: for rows without scenes.
+        """
+        places = [place for place, row in enumerate(rows) if not has_scenes(row)]
+        own = [rows[place] for place in places]
+        found: dict[int, Outcome] = {place: {} for place in places}
+        if own:
+            parts = {"painted": finder.painted(model, own, [pictures[place] for place in places])}
+            if embeds is not None:
+                parts["imagined"] = finder.imagined(model, own, embeds[places])
+            for name, comparisons in parts.items():
+                for place, comparison in zip(places, comparisons, strict=True):
+                    found[place] |= {name: comparison} if comparison is not None else {}
         return [
-            (judge_reconstruction(row, picture, kind), picture) for row, picture in zip(rows, pictures, strict=True)
+            (judge_own(row, picture) | found[place] if place in found else judge(row, picture), picture)
+            for place, (row, picture) in enumerate(zip(rows, pictures, strict=True))
         ]
 
     generation, editing = tasks.get("generation", []), tasks.get("editing", [])
@@ -283,6 +322,7 @@ def run_phases(models: Models, wanted: list[Phase], outcomes: Outcomes, batch_si
     """Put the rows that have no outcome yet to the models."""
     for phase in wanted:
         rows = outcomes.missing(phase.name, phase.rows)
+        print(f"{phase.name}: {len(rows)} rows", file=sys.stderr)
         for batch in batches(rows, batch_size, phase.name):
             for outcome, picture in phase.answer(models.get(phase.decoder), batch):
                 outcomes.add(outcome, picture)
@@ -296,19 +336,18 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
     if arguments.num_shown < 0:
         raise UserError(f"--num-shown is {arguments.num_shown}; it must be 0 or more")
-    rows = rows_file(arguments)
-    tasks = read_tasks(rows, arguments.num, picture_root(arguments))
-    wanted = phases(tasks, arguments)
+    rows = EvaluatedRows(arguments)
+    finder = PictureFinder(rows.known, rows.for_probe, rows.keys, arguments.batch_size)
+    wanted = phases(rows.tasks, finder, arguments)
     if not wanted:
-        raise UserError(f"{rows} holds no rows of {', '.join(arguments.tasks)}; give other --tasks or --rows")
+        raise UserError(f"{rows.path} holds no rows of {', '.join(arguments.tasks)}; give other --tasks or --rows")
     painting = {phase.decoder for phase in wanted}
     models = Models(arguments, [kind for kind in DECODER_KINDS if kind in painting])
-    split = arguments.split if arguments.rows is None else rows.stem
+    split = arguments.split if arguments.rows is None else rows.path.stem
     options = ("num", "tasks", "seed", "editor", "num_inference_steps", "cfg_scale")
     settings = {"split": split, **{name: getattr(arguments, name) for name in options}}
     hashes = PictureHashes(memory_of(arguments.run))
-    pictures = [image for of_task in tasks.values() for row in of_task for image in row.images]
-    inputs = {"rows": fingerprint_dataset(rows, pictures, hashes), **models.inputs(hashes.contents)}
+    inputs = {**rows.inputs(hashes), **models.inputs(hashes.contents)}
     hashes.contents.save()
     output = arguments.output or results_of(arguments.run) / "evaluation" / split
     if output.exists() and not (output / IDENTITY).is_file() and (output.is_file() or any(output.iterdir())):
@@ -327,15 +366,16 @@ def main(argv: list[str]) -> int:
             if not outcomes.outcomes:  # nothing that the same command could resume from
                 shutil.rmtree(directory)
             raise
-        scores = {name: dataclasses.asdict(score) for name, score in scores_of(outcomes.outcomes).items()}
+        scores = {name: score.as_json for name, score in scores_of(outcomes.outcomes).items()}
         write_text_atomic(directory / "scores.json", json.dumps(scores, indent=1) + "\n")
         title = f"{arguments.run.name}, {split}"
-        by_id = {row.id: row for kind in tasks.values() for row in kind}
         write_text_atomic(
             directory / "index.html",
-            render(title, scores, outcomes.outcomes, by_id, directory, arguments.num_shown),
+            render(title, scores, outcomes.outcomes, rows.by_id, directory, arguments.num_shown),
         )
         seal(directory, Manifest("evaluation", "evaluate", settings, inputs, code, {"scores": scores}))
     print(table(scores))
+    for limit in limits(scores):
+        print(limit.sentence)
     print(f"page: {(output / 'index.html').absolute()}")
     return 0

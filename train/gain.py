@@ -44,7 +44,10 @@ def gains_of(run: Path, against: Path, stale: Collection[Path] = ()) -> list[Gai
         raise UserError(f"{where} is of other weights than {run} holds now; nexus-gen evaluate {run} --rows ... again")
     if unlike:
         raise UserError(f"{where} and {against} differ in {', '.join(unlike)}; evaluate both alike")
-    return gains(before.details["scores"], after.details["scores"])
+    scores = before.details["scores"]
+    if after.inputs.get("probe") != before.inputs.get("probe"):  # other readers of prompts and labels
+        scores = {name: score for name, score in scores.items() if not name.endswith(("class_top1", "label_top1"))}
+    return gains(scores, after.details["scores"])
 
 
 def gains(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> list[Gain]:

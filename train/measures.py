@@ -15,12 +15,21 @@ SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # an 11 x 11 Gaussian window
 
 @dataclass(frozen=True)
 class Score:
-    """value with its 95% confidence interval [low, high], from `count` samples."""
+    """value with its 95% confidence interval [low, high], from `count` samples.
+
+    chance: what the value would be without any skill, as docs/evaluation.md says of each score; None for the others.
+    """
 
     value: float
     low: float
     high: float
     count: int
+    chance: float | None = None
+
+    @property
+    def as_json(self) -> dict[str, float]:
+        """What `scores.json` says of it."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def proportion(outcomes: Sequence[bool]) -> Score:

@@ -9,7 +9,6 @@ Source of the format: Yue et al. 2024 (MMMU).
 """
 
 import ast
-import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -166,7 +165,7 @@ def main(argv: list[str]) -> int:
             )
     unreadable = [outcome for outcome in outcomes if outcome["letter"] is None]
     found = {**scores_of(outcomes), "unreadable": proportion([outcome in unreadable for outcome in outcomes])}
-    scores = {name: dataclasses.asdict(score) for name, score in found.items()}
+    scores = {name: score.as_json for name, score in found.items()}
     report = {
         "scores": scores,
         "inputs": inputs,

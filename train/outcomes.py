@@ -9,48 +9,35 @@ from PIL import Image
 from data.detector import Detection, detect
 from data.messages import Row
 from data.shape_contents import CATEGORIES
+from data.truth import has_scenes, truth_problem
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.images import StoredImage, cover_crop, open_image
-from nexus_gen.specs.numbers import not_finite
 from nexus_gen.specs.prompts import words_of
 from train.measures import Score, average, mean_of, proportion, psnr, ssim
+from train.own_scores import own_scores
 from train.scoring import geneval_metadata, is_right, judge_edit, same_scene, unmet
 
 Outcome = dict[str, Any]  # one row of `outcomes.jsonl`
-SCENE = {"objects", "ground", "texture"}  # what is known of a picture
 MAX_ANSWER_TOKENS = 24  # that a model may answer a question with
 
 
 def require_truth(row: Row) -> dict[str, Any]:
-    """A row's ground truth; UserError unless it is one that rows of its task are scored by."""
-    truth = row.truth
-    if truth is None or not {"category", "language", "scenes"} <= truth.keys():
+    """A row's ground truth; UserError unless it is one that a detector can judge pictures by."""
+    if row.truth is None or not has_scenes(row):
         raise UserError(f"{row.where}: no ground truth to score by; nexus-gen data shapes draws rows with it")
-    if truth["category"] not in (known := CATEGORIES.get(row.task, ())):
-        raise UserError(
-            f"{row.where}: truth.category is {truth['category']!r}; of {row.task} rows there are "
-            f"{', '.join(known) or 'none to score'}"
-        )
-    scenes = truth["scenes"]
-    if not isinstance(scenes, list) or not all(isinstance(scene, dict) and scene.keys() >= SCENE for scene in scenes):
-        raise UserError(f"{row.where}: truth.scenes must be a list of {{{', '.join(sorted(SCENE))}}}")
-    if len(scenes) != len(row.images):
-        raise UserError(f"{row.where}: truth has {len(scenes)} scenes for {len(row.images)} pictures; give one each")
-    for key, value in not_finite(truth, "truth"):
-        raise UserError(f"{row.where}: {key} is {value}; it must be a finite number")
-    return truth
+    if problem := truth_problem(row):
+        raise UserError(f"{row.where}: {problem}")
+    return row.truth
 
 
 def outcome_of(row: Row, phase: str) -> Outcome:
-    """What every outcome says about its row. phase: what was asked of the model."""
-    assert row.truth is not None
-    return {
-        "phase": phase,
-        "id": row.id,
-        "category": row.truth["category"],
-        "language": row.truth["language"],
-        "prompt": prompt_of(row),
-    }
+    """What every outcome says about its row, of one without scenes no category. phase: what was asked of the model."""
+    outcome: Outcome = {"phase": phase, "id": row.id}
+    if row.truth is not None and has_scenes(row):
+        outcome |= {"category": row.truth["category"], "language": row.truth["language"]}
+    else:
+        outcome["language"] = row.language
+    return {**outcome, "prompt": prompt_of(row)}
 
 
 def prompt_of(row: Row) -> str:
@@ -112,7 +99,8 @@ def pixels_like(picture: Image.Image, truth: StoredImage) -> np.ndarray:
 def scores_of(outcomes: Sequence[Outcome]) -> dict[str, Score]:
     """Every score by name, such as generation/counting; values of `overall` are means over the categories.
 
-    editing/outside_* and reconstruction/* are averages in dB, of 1 and of 1; all else is a share of the rows.
+    editing/outside_* and reconstruction/* are averages in dB, of 1 and of 1, over all rows. All else is a share of the
+    rows with scenes; `train.own_scores` has the scores of the others.
     """
     scores: dict[str, Score] = {}
     for phase in dict.fromkeys(outcome["phase"] for outcome in outcomes):
@@ -120,28 +108,39 @@ def scores_of(outcomes: Sequence[Outcome]) -> dict[str, Score]:
         if phase.startswith("reconstruction"):
             for measure in ("psnr", "ssim"):
                 scores[f"{phase}/{measure}"] = average([row[measure] for row in rows])
-            continue
-        scores[f"{phase}/overall"] = over_categories(rows)
-        for category in order(row["category"] for row in rows):
-            of_category = [row for row in rows if row["category"] == category]
-            scores[f"{phase}/{category}"] = proportion([row["right"] for row in of_category])
-        for language in sorted({row["language"] for row in rows}):
-            spoken = [row for row in rows if row["language"] == language]
-            scores[f"{phase}/{language}/overall"] = over_categories(spoken)
-            for category in order(row["category"] for row in spoken):
-                scores[f"{phase}/{language}/{category}"] = proportion(
-                    [row["right"] for row in spoken if row["category"] == category]
-                )
-        if phase == "generation":
-            for fact in ("exact_scene", "ground", "texture"):
-                scores[f"{phase}/{fact}"] = proportion([row[fact] for row in rows])
+        else:
+            scores |= scene_scores(phase, [row for row in rows if "category" in row])
         if phase == "editing":
-            scores[f"{phase}/kept"] = proportion([row["kept"] for row in rows])
-            scores[f"{phase}/right_and_kept"] = proportion([row["right"] and row["kept"] for row in rows])
             for measure in ("psnr", "l1", "ssim"):
                 values = [row[measure] for row in rows if row[measure] is not None]
                 if values:
                     scores[f"{phase}/outside_{measure}"] = average(values)
+        scores |= own_scores(phase, [row for row in rows if "category" not in row])
+    return scores
+
+
+def scene_scores(phase: str, rows: Sequence[Outcome]) -> dict[str, Score]:
+    """Of outcomes of one phase, of rows with scenes: shares of what is right, by category and language."""
+    scores: dict[str, Score] = {}
+    if not rows:
+        return scores
+    scores[f"{phase}/overall"] = over_categories(rows)
+    for category in order(row["category"] for row in rows):
+        of_category = [row for row in rows if row["category"] == category]
+        scores[f"{phase}/{category}"] = proportion([row["right"] for row in of_category])
+    for language in sorted({row["language"] for row in rows}):
+        spoken = [row for row in rows if row["language"] == language]
+        scores[f"{phase}/{language}/overall"] = over_categories(spoken)
+        for category in order(row["category"] for row in spoken):
+            scores[f"{phase}/{language}/{category}"] = proportion(
+                [row["right"] for row in spoken if row["category"] == category]
+            )
+    if phase == "generation":
+        for fact in ("exact_scene", "ground", "texture"):
+            scores[f"{phase}/{fact}"] = proportion([row[fact] for row in rows])
+    if phase == "editing":
+        scores[f"{phase}/kept"] = proportion([row["kept"] for row in rows])
+        scores[f"{phase}/right_and_kept"] = proportion([row["right"] and row["kept"] for row in rows])
     return scores
 
 

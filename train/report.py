@@ -23,15 +23,17 @@ from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
 from nexus_gen.specs.content import Contents
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.lineage import evaluations_of, flux_of_all, parts_of
+from nexus_gen.specs.lineage import Evaluation, evaluations_of, flux_of_all, parts_of
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, memory_of, results_of
 from nexus_gen.specs.results import check_result
 from nexus_gen.specs.weight_files import FLUX_WEIGHTS, flux_places
 from train.convergence import findings
 from train.gain import Gain, gains_of, summary
+from train.limits import limits
 from train.metrics import read_metrics
 from train.schemas.run_directory import load_config, timing_of
 from train.schemas.stages import SCHEMAS, DecoderConfig, PretrainConfig, StageConfig
+from train.score_lines import tables_of
 
 log = logging.getLogger(__name__)
 
@@ -143,17 +145,19 @@ def missing_start(configs: Sequence[StageConfig]) -> list[Path]:
     return [where for where in starts if not where.exists()]
 
 
-def stale_evaluations(run: Path) -> list[Path]:
-    """The evaluations in a run that are of other weights than its own by now."""
+def evaluations(run: Path) -> tuple[list[Evaluation], list[Path]]:
+    """The evaluations of a run's own weights, and the directories of those that are of other weights by now."""
     paths: dict[str | None, ModelPaths] = {kind: ModelPaths.find(run, decoder=kind) for kind in DECODER_KINDS}
     contents = Contents.at(memory_of(run))
-    stale = evaluations_of(run, parts_of(paths), flux_of_all(paths), contents)[1]
+    found = evaluations_of(run, parts_of(paths), flux_of_all(paths), contents)
     contents.save()
-    return stale
+    return found
 
 
-def render(run: Path, samples: Any, with_start: bool, gains: list[Gain], output: Path) -> None:
-    """Fill the template and write the page in one piece."""
+def render(
+    run: Path, samples: Any, with_start: bool, evaluated: list[Evaluation], gains: list[Gain], output: Path
+) -> None:
+    """Fill the template and write the page in one piece. evaluated: whose scores it shows."""
     stages = stage_rows(run)
     page = template("report.html.j2").render(
         run=run.name,
@@ -163,6 +167,9 @@ def render(run: Path, samples: Any, with_start: bool, gains: list[Gain], output:
         lengths={stage: found for stage in LOSSES if (found := findings(run / stage))},
         samples=samples,
         with_start=with_start,
+        scored=[
+            (one.split, tables_of(one.scores), [limit.sentence for limit in limits(one.scores)]) for one in evaluated
+        ],
         gains=gains,
     )
     write_text_atomic(output, page)
@@ -197,21 +204,23 @@ def main(argv: list[str]) -> int:
     assert isinstance(pretrain, PretrainConfig)
     data = pretrain.data
     rows = list(read_dataset(data.heldout, data.left_out("heldout"), data.picture_root))
-    gains = gains_of(run, arguments.against, stale_evaluations(run)) if arguments.against else []
+    evaluated, stale = evaluations(run)
+    for directory in stale:
+        log.warning("%s is of other weights than %s holds now; its scores are left out", directory, run)
+    gains = gains_of(run, arguments.against, stale) if arguments.against else []
     from train.report_samples import draw_samples  # loads torch: only once the arguments hold
+    from train.try_next import commands_to_try
 
     with_start = not missing_start(configs)
     samples = draw_samples(run, rows, arguments.num_samples, arguments.device, with_start)
-    render(run, samples, with_start, gains, output)
+    render(run, samples, with_start, evaluated, gains, output)
     if gains:
         print(summary(gains))
     print(f"report: {output.absolute()}")
     print("try next:")
     # As it can be typed here: `make demo` runs it from a virtual environment that is not activated.
     command = "nexus-gen" if shutil.which("nexus-gen") else os.path.relpath(Path(sys.executable).parent / "nexus-gen")
-    command = shlex.quote(command)
-    flag = "" if run == default_run() else f" --run {shlex.quote(str(run))}"
-    print(f'  {command} generate --prompt "a red circle on a white background"{flag}')
-    print(f'  {command} edit --input-image generation.png --instruction "make the circle blue"{flag}')
-    print(f'  {command} understand --input-image generation.png --prompt "What colour is the circle?"{flag}')
+    flag = [] if run == default_run() else ["--run", str(run)]
+    for arguments_to_try in commands_to_try(rows, output):
+        print(f"  {shlex.join([command, *arguments_to_try, *flag])}")
     return 0

@@ -171,10 +171,17 @@ def judge_edit(
             problems.append(f"{seen.ground or 'no known'} ground, not {after['ground']}")
     else:
         kept &= seen.ground == after["ground"]
-    rest = ~edited_region(source, target)
+    return EditOutcome(problems, kept, *outside(result, target, edited_region(source, target)))
+
+
+def outside(
+    result: np.ndarray, target: np.ndarray, region: np.ndarray
+) -> tuple[float | None, float | None, float | None]:
+    """(PSNR in dB, L1, SSIM) of a result against the true one outside a region; None where that leaves too little."""
+    rest = ~region
     if rest.sum() < MIN_REST:
-        return EditOutcome(problems, kept, None, None, None)
-    return EditOutcome(problems, kept, *(measure(result, target, rest) for measure in (psnr, l1, ssim)))
+        return None, None, None
+    return psnr(result, target, rest), l1(result, target, rest), ssim(result, target, rest)
 
 
 def in_words(things: list[tuple[str, ...]]) -> str:

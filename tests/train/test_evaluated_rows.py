@@ -50,11 +50,11 @@ def test_what_several_files_hold_counts(name: str, rows: Path, tmp_path: Path) -
     assert after != before
 
 
-def test_rows_without_truth_in_a_mixture_are_named_by_their_own_file(tmp_path: Path) -> None:
-    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+def test_rows_of_a_wrong_truth_in_a_mixture_are_named_by_their_own_file(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "truth": {}}
     (tmp_path / "mine.jsonl").write_text(json.dumps(row), encoding="utf-8")
     (tmp_path / "heldout.yaml").write_text("sources: [{path: mine.jsonl}]", encoding="utf-8")
-    with pytest.raises(UserError, match=r"mine\.jsonl:1: no ground truth"):
+    with pytest.raises(UserError, match=r"mine\.jsonl:1: truth is empty"):
         main(["evaluate", "--rows", str(tmp_path / "heldout.yaml")])
     with pytest.raises(UserError, match=r"gone does not exist"):
         main(["evaluate", "--rows", str(tmp_path / "gone")])
