@@ -28,6 +28,7 @@ from train.metrics import MetricsLogger, latest
 from train.schemas.run_directory import CHECKPOINTS
 from train.schemas.stages import DecoderConfig, EditingDecoderConfig, require_checkpoint
 from train.stage import Stage
+from train.step_clock import StepClock
 from train.weight_average import WeightAverage
 
 Decoder = GenerationDecoder | EditingDecoder
@@ -144,7 +145,8 @@ class DecoderStage(Stage[DecoderConfig]):
         if config.average.decay:
             average = WeightAverage(module.decoder, config.average.decay, self.rank, self.world_size)
         exported = average if config.average.export == "average" else None
-        monitor = DecoderMonitor(config, metrics, self.rank, self.world_size, dtype, exported)
+        clock = StepClock()
+        monitor = DecoderMonitor(config, metrics, self.rank, self.world_size, dtype, exported, clock)
         result = fit(
             module,
             loader,
@@ -154,6 +156,7 @@ class DecoderStage(Stage[DecoderConfig]):
             self.run_dir,
             self.device_type,
             [monitor],
+            clock,
             average,
         )
         if not result.finished:

@@ -25,6 +25,7 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, patches_per_side
 from nexus_gen.specs.images import open_image
 from train.message_stream import MessageStream, Quarantine
+from train.step_clock import StepClock
 from train.swift_callbacks import HeldoutLoss
 from train.swift_plugin import NAME, NexusGenTemplate
 
@@ -170,6 +171,7 @@ def test_generated_pictures_are_measured_on_what_the_loss_is_computed_on(
     assert all(batch["pixel_values"].dtype == torch.uint8 for batch in batches)
     config: Any = SimpleNamespace(every_steps=0, num_samples=4)
     measuring: dict[str, Any] = {"guard": None, "metrics": None, "config": config, "average": None, "generates": True}
+    measuring["clock"] = StepClock()
     model = template.model
     measured = HeldoutLoss(model=model, batches=batches, prepare=template.prepared, **measuring).measure()
     model.eval()
