@@ -1,13 +1,15 @@
 """Noise per sample, losses over micro batches, and the learning rate."""
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from nexus_gen.decoders import build_generation_decoder
-from nexus_gen.flow_match import flow_match_loss
+from nexus_gen.flow_match import flow_match_loss, training_schedule
 from nexus_gen.specs.geometry import FluxGeometry
 from train.decoder_module import DecoderModule, learning_rate_factor, sample_noise
 from train.schemas.common import OptimConfig
@@ -52,6 +54,25 @@ def test_noise_follows_from_seed_epoch_and_index_alone():
     assert (timestep, draw) == (again, same_draw)
     for other in ((8, 2, 5), (7, 3, 5), (7, 2, 6), (7, 5, 2)):
         assert not torch.equal(noise, sample_noise(*other, SHAPE)[1])
+
+
+def drawn_by_hand(seed: int, epoch: int, index: int) -> tuple[int, Tensor, float]:
+    """A generator of each sample and epoch: first the timestep, then the noise, then the number for its condition."""
+    generator = torch.Generator()
+    generator.manual_seed(int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0]))
+    timestep = int(torch.randint(1000, (1,), generator=generator))
+    noise = torch.randn(*SHAPE, generator=generator)
+    return timestep, noise, float(torch.rand(1, generator=generator))
+
+
+def test_a_batch_draws_for_each_sample_in_the_order_of_the_first_version() -> None:
+    drawn = module().draws(batch_of(4, 0, 9, epoch=2))
+    for place, index in enumerate((4, 0, 9)):
+        timestep, noise, _ = drawn_by_hand(7, 2, index)
+        assert int(drawn["timestep_index"][place]) == timestep
+        assert torch.equal(drawn["noise"][place], noise)
+    shifted = module(shift=6.0).draws(batch_of(4, 0, 9, epoch=2))["timestep_index"]
+    assert (shifted != drawn["timestep_index"]).any()  # of the density that was configured
 
 
 def test_noise_is_normal_and_timesteps_cover_the_schedule():
@@ -106,6 +127,21 @@ def test_training_step_is_the_flow_matching_loss_and_adds_up():
 
     expected = flow_match_loss(velocity, batch["latents"], batch["noise"], batch["timestep_index"])
     torch.testing.assert_close(loss, expected.mean())
+    schedule = training_schedule()
+    by_hand = []
+    for place, index in enumerate(batch["timestep_index"].tolist()):
+        sigma, own = float(schedule.sigmas[index]), batch["latents"][place]
+        noisy = (1 - sigma) * own + sigma * batch["noise"][place]
+        predicted = trained.decoder(
+            noisy[None],
+            torch.tensor([1000 * sigma]),
+            torch.tensor([3.5]),
+            trained._pooled,
+            batch["target_embeds"][place : place + 1],
+        )[0]
+        error = ((predicted - (batch["noise"][place] - own)) ** 2).mean()
+        by_hand.append(float(schedule.weights[index] * error.detach()))
+    assert float(loss) == pytest.approx(sum(by_hand) / 3, rel=1e-4)
     trained.training_step(batch, 1)
     torch.testing.assert_close(trained.loss_sum, 2 * loss.detach())
 
@@ -136,15 +172,19 @@ def test_optimizer_holds_every_parameter_and_the_configured_rates():
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    assert rates == pytest.approx([1e-3 * learning_rate_factor(step, 2, 10, "cosine") for step in range(4)])
+    assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3, 1e-3 * (1 + math.cos(math.pi / 8)) / 2])
+    (group,) = optimizer.param_groups
+    assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.9, 0.95), 0.01, 1e-8)
+    assert isinstance(optimizer, torch.optim.AdamW) and configured["lr_scheduler"]["interval"] == "step"
 
 
 def test_conditions_are_dropped_by_sample_at_the_configured_rate() -> None:
-    dropped = [module(condition_dropout=0.25).draws(batch_of(*range(64)))["dropped"]] * 2
-    assert dropped[0] == dropped[1] and 6 < len(dropped[0]) < 27  # 16 expected, 3 standard deviations are 10.4
-    alone = module(condition_dropout=0.25).draws(batch_of(dropped[0][0]))
-    assert alone["dropped"] == [0]
-    assert module(condition_dropout=0.0).draws(batch_of(*range(64)))["dropped"] == []
+    numbers = [drawn_by_hand(7, 0, index)[2] for index in range(64)]
+    for rate, count in ((0.0, 0), (0.25, 14), (0.5, 36), (1.0, 64)):
+        dropped = module(condition_dropout=rate).draws(batch_of(*range(64)))["dropped"]
+        assert dropped == [index for index, number in enumerate(numbers) if number < rate] and len(dropped) == count
+    first = next(index for index, number in enumerate(numbers) if number < 0.25)
+    assert module(condition_dropout=0.25).draws(batch_of(first))["dropped"] == [0]
 
 
 @torch.no_grad()
