@@ -17,16 +17,16 @@ import lightning.pytorch as pl
 import pytest
 import tiny_qwen
 import torch
+from heldout_by_hand import heldout_by_hand
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from data.loader import ShardLoader
-from data.shards import ShardSpec, index_shard, read_sample, write_shard
+from data.shards import ShardSpec, write_shard
 from launch.processes import worker_command, worker_environment
 from nexus_gen.checkpoints import load_decoder, save_decoder, save_flux, save_vae
 from nexus_gen.decoders import build_generation_decoder
-from nexus_gen.flow_match import training_schedule
 from nexus_gen.flux import FluxTransformer
 from nexus_gen.specs.artifact import Manifest, seal, verify
 from nexus_gen.specs.errors import UserError
@@ -34,14 +34,23 @@ from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry
 from nexus_gen.text_encoders import encode_pooled
 from nexus_gen.vae import FluxVae
 from train import decoder_stages
-from train.decoder_module import DecoderModule, sample_noise
+from train.decoder_module import DecoderModule
 from train.decoder_stages import build_initial_decoder
-from train.engine import FitResult, StepGuard, StopRequest, checkpoint_step, complete_checkpoints, deepspeed_config
+from train.engine import (
+    Averaging,
+    FitResult,
+    StepGuard,
+    StopRequest,
+    checkpoint_step,
+    complete_checkpoints,
+    deepspeed_config,
+)
 from train.metrics import latest, read_metrics
 from train.schemas.common import AverageConfig, HeldoutConfig, SamplesConfig
 from train.schemas.fields import typed
 from train.schemas.run_directory import identity, prepare
 from train.schemas.stages import DecoderConfig
+from train.weight_average import WeightAverage
 
 FLUX = FluxGeometry(32, 2, 1, 2, 24, 16, [4, 6, 6], 16, 2)
 VAE = VaeGeometry([8, 16], 1, 4, 16)
@@ -243,32 +252,6 @@ def test_a_stage_trains_as_a_plain_loop_does_and_writes_its_artifact(inputs: Pat
     ]
 
 
-def heldout_by_hand(decoder: torch.nn.Module, made: DecoderConfig, num_samples: int) -> float:
-    """The mean squared error of the velocity over held-out samples at eight levels, all in one pass."""
-    (shard,) = (Path(made.shards) / "heldout").glob("*.tar")
-    samples = [read_sample(shard, members) for members in index_shard(shard)[:num_samples]]
-    cases = [
-        (1000 * training_schedule().sigmas[step], sample_noise(0, level, index, LATENTS)[1][0], sample)
-        for level, step in enumerate((62, 187, 312, 437, 562, 687, 812, 937))
-        for index, sample in enumerate(samples)
-    ]
-    noisy = [(1 - t / 1000) * sample["latents"] + t / 1000 * noise for t, noise, sample in cases]
-    count = len(cases)
-    with torch.no_grad():
-        velocity = decoder(
-            torch.stack(noisy),
-            torch.stack([timestep for timestep, _, _ in cases]),
-            torch.full((count,), 3.5),
-            encode_pooled(made.model.flux, "", torch.float32).expand(count, -1),
-            torch.stack([sample["target_embeds"] for _, _, sample in cases]),
-        )
-    errors = [
-        float((own - (noise - sample["latents"])).square().mean())
-        for own, (_, noise, sample) in zip(velocity, cases, strict=True)
-    ]
-    return sum(errors) / count
-
-
 @pytest.mark.parametrize("export", ["average", "raw"])
 def test_a_stage_exports_the_weights_of_its_choice_and_measures_those(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process_group: None, export: str
@@ -280,11 +263,15 @@ def test_a_stage_exports_the_weights_of_its_choice_and_measures_those(
         "heldout": HeldoutConfig(every_steps=0, num_samples=2),
     }
     made = dataclasses.replace(config(inputs, tmp_path), **own)
+    made.objective.predicted_fraction = 0.25
     prepare(made, identity(made))
 
     def fit(module: Any, loader: Any, trainer: Any, optim: Any, metrics: Any, *others: Any) -> FitResult:
         *_, (monitor,), _, average = others
-        assert loader.dataset.paths[0].parent.name == "train"
+        assert (loader.dataset.paths[0].parent.name, loader.dataset.predicted_fraction) == ("train", 0.25)
+        assert (loader.micro_batch_size, loader.accumulation, loader.seed, loader.rank) == (2, 2, 3, 0)
+        assert (module.draws, module.max_steps, module.objective) == (loader.prepare, 5, made.objective)
+        assert (module.draws.seed, module.optim) == (3, made.optim)
         if average is not None:
             average.start()
         with torch.no_grad():
@@ -308,7 +295,7 @@ def test_a_stage_exports_the_weights_of_its_choice_and_measures_those(
     details = verify(made.artifact_dir).details
     heldout = {name: value for name, value in details["metrics"].items() if name.startswith("heldout/")}
     assert heldout == latest(made.run_dir, "heldout/")
-    assert heldout["heldout/loss"] == pytest.approx(heldout_by_hand(exported, made, 2), rel=1e-5)
+    assert heldout["heldout/loss"] == pytest.approx(heldout_by_hand(exported, made), rel=1e-5)
     assert {name: details["metrics"][name] for name in details["metrics"].keys() - heldout} == {"train/loss": 2.0}
     assert details["steps"] == 5 and details["sampling"] == dataclasses.asdict(made.sampling)
 
@@ -381,6 +368,28 @@ def test_the_loss_of_a_step_is_the_mean_over_micro_batches_and_processes(
         for _ in range(2):
             module.loss_sum = torch.tensor(3.0)
             guard.on_before_optimizer_step(trainer, module, None)
+
+
+def test_the_average_follows_steps_and_not_micro_batches(process_group: None, tmp_path: Path) -> None:
+    """By hand: decays of 1/10 and 2/11; from the checkpoint's average, where there is one."""
+    module = torch.nn.Linear(1, 1, bias=False)
+    trainer: Any = SimpleNamespace(accumulate_grad_batches=2)
+    module.weight.data.fill_(1.0)
+    average = WeightAverage(module, 0.9, 0, 1)
+    averaging: Any = Averaging(average, None)
+    averaging.on_train_start(trainer, None)
+    for number, weight in enumerate((5.0, 2.0)):
+        module.weight.data.fill_(weight)
+        averaging.on_train_batch_end(trainer, None, None, None, number)
+    average.save(tmp_path)
+    assert float(average.gather()["weight"]) == pytest.approx(0.1 * 1 + 0.9 * 2)
+    resumed = WeightAverage(module, 0.9, 0, 1)
+    averaging = Averaging(resumed, tmp_path)
+    averaging.on_train_start(trainer, None)
+    for number, weight in enumerate((7.0, 4.0), start=2):
+        module.weight.data.fill_(weight)
+        averaging.on_train_batch_end(trainer, None, None, None, number)
+    assert float(resumed.gather()["weight"]) == pytest.approx(1.9 * 2 / 11 + 4 * 9 / 11)
 
 
 def test_bfloat16_at_stage_0_starts_without_a_step(

@@ -7,16 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from heldout_by_hand import heldout_by_hand
 from runs import STEPS, TRAINED, losses
 from safetensors import safe_open
 
 from data.mixture import Mixture
+from data.shards import ShardSpec
 from nexus_gen.ar_checkpoint import load_autoregressive, load_processor
+from nexus_gen.checkpoints import load_decoder
 from nexus_gen.conversation import encode
+from nexus_gen.specs.artifact import Manifest
 from nexus_gen.specs.images import open_image
+from nexus_gen.specs.models import DECODER_FILES
+from train.decoder_stages import meta_decoder
 from train.metrics import read_metrics
 from train.schemas.run_directory import load_config
-from train.schemas.stages import PretrainConfig
+from train.schemas.stages import DecoderConfig, PretrainConfig
 from train.weight_average import FILES
 
 REPOSITORY = Path(__file__).parents[2]
@@ -27,8 +33,8 @@ STAGES["all"] = [*STAGES["all that train"], *STAGES["embedding stages"]]
 
 
 def table() -> list[list[str]]:
-    """The first table of the section, without its head: the cells of each row."""
-    section = (REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8").split("\n## Every figure\n")[1]
+    """What the documentation says of training, without the table's head: the cells of each row."""
+    section = (REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8").split("\n### Training\n")[1]
     lines = section[section.index("\n|") + 1 :].splitlines()
     rows = lines[: next(number for number, line in enumerate(lines) if not line.startswith("|"))]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
@@ -122,3 +128,14 @@ def test_the_last_heldout_figures_are_those_of_the_exported_weights(tiny_run: Pa
         errors += (made.predicted_embeds - made.target_embeds).square().mean(dim=1).tolist()
     found = losses(stage)
     assert errors and found[STEPS, "heldout/image_mse"] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES["decoders"])
+def test_the_last_heldout_loss_is_that_of_the_exported_decoder(tiny_run: Path, stage: str) -> None:
+    config = load_config(tiny_run / stage)
+    assert isinstance(config, DecoderConfig) and config.average.export == "average"
+    decoder = meta_decoder(config, ShardSpec.load(Manifest.load(config.shards)).embed_dim)
+    load_decoder(decoder, tiny_run / stage / "artifact" / DECODER_FILES[config.kind])
+    found = losses(tiny_run / stage)[STEPS, "heldout/loss"]
+    assert found == pytest.approx(heldout_by_hand(decoder.eval(), config), rel=1e-4)

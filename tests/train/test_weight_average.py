@@ -112,6 +112,12 @@ def test_processes_hold_shares_of_the_same_average_and_any_number_of_them_resume
     assert sorted(path.name for path in (tmp_path / "three").iterdir()) == [
         f"average-0000{rank}-of-00003.safetensors" for rank in range(3)
     ]
+    for rank, (matrix, vector) in enumerate((([0, 1, 2], 1), ([3, 4], 1))):  # as many as wrote them: each its own
+        average, _ = started(0.9, rank, 2)
+        average.load(tmp_path / "two")
+        moved = 0.1 * VALUES[0] + 0.9 * VALUES[1]
+        assert average.shares["matrix"].tolist() == pytest.approx([number + moved for number in matrix])
+        assert average.shares["vector"].tolist() == pytest.approx([-moved] * vector)
     average, model = started(0.9)
     average.load(tmp_path / "three")
     assert average.num_updates == 2
