@@ -325,6 +325,7 @@ class StepMetrics(TrainerCallback, ExportableState):
         self._losses: list[dict[str, float]] = []
         self._task_sums: list[float] = []  # of the interval under way
         self._num_tokens = 0
+        self._due = False  # whether the step that is done ends an interval
         self._bar: tqdm | None = None
 
     def state(self) -> dict[str, Any]:
@@ -358,8 +359,9 @@ class StepMetrics(TrainerCallback, ExportableState):
         self._clock.step_done()
         if self._bar is not None:
             self._bar.update(self._guard.num_tokens if self._guard.token_budget else 1)
-        due = state.global_step % self._config.log_every_steps == 0
-        control.should_log = due or self._guard.stopping or self._guard.is_last(state)
+        # Not where a SIGTERM ends it: the run that resumes logs the whole interval.
+        self._due = state.global_step % self._config.log_every_steps == 0 or self._guard.is_last(state)
+        control.should_log = self._due
 
     def on_log(
         self,
@@ -370,7 +372,7 @@ class StepMetrics(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """`logs` come from the trainer, which alone knows the gradient norm; at the end of training it sums up."""
-        if not self._losses:
+        if not self._due:
             return
         interval = self._clock.lap()
         last_step = state.max_steps
@@ -393,6 +395,7 @@ class StepMetrics(TrainerCallback, ExportableState):
         self._losses = []
         self._task_sums = []
         self._num_tokens = 0
+        self._due = False
 
     def _gradient_norm(self, logs: dict[str, float]) -> dict[str, float]:
         norm = logs.get("grad_norm")  # before clipping; DeepSpeed tells none at ZeRO stage 0 in float32

@@ -1,6 +1,7 @@
 """Noise per sample, losses over micro batches, and the learning rate."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -209,3 +210,28 @@ def test_the_conditioner_gets_gradients_where_all_conditions_are_dropped() -> No
     batch = {**trained.draws(batch_of(0, 1)), "dropped": [0, 1]}
     trained.training_step(batch, 0).backward()
     assert all(parameter.grad is not None for parameter in trained.decoder.adapter.parameters())
+
+
+class Recording(torch.nn.Module):
+    """A decoder that keeps what it is conditioned on."""
+
+    def forward(self, noisy: Tensor, timestep: Tensor, guidance: Tensor, pooled: Tensor, *embeds: Tensor, **_: Any):
+        self.called_with = (timestep, guidance, embeds)
+        return noisy
+
+
+@pytest.mark.parametrize("reference", [True, False, None])
+def test_an_editing_decoder_sees_its_source_unless_it_is_to_edit_blindly(reference: bool | None) -> None:
+    trained = module()
+    trained.decoder = recording = Recording()
+    transformer = SimpleNamespace(x_embedder=torch.nn.Linear(1, 1))
+    object.__setattr__(recording, "transformer", transformer)
+    if reference is not None:
+        trained.objective = SimpleNamespace(reference=reference, guidance=2.5, condition_dropout=0.0)
+    batch = {**batch_of(0, 1), "source_embeds": torch.randn(2, 324, EMBED_DIM)}
+    noisy, timestep = torch.randn(2, *SHAPE), torch.tensor([900.0, 30.0])
+    assert torch.equal(trained.velocity(batch)(noisy, timestep), noisy)
+    found, guidance, embeds = recording.called_with
+    assert torch.equal(found, timestep) and guidance.tolist() == [3.5 if reference is None else 2.5] * 2
+    expected = [batch["target_embeds"], *([] if reference is False else [batch["source_embeds"]])]
+    assert len(embeds) == len(expected) and all(map(torch.equal, embeds, expected))

@@ -227,6 +227,8 @@ class Swift:
             swift_callbacks.checkpoint_path(self.directory, step).mkdir()
             self.seconds.passes(5)
             self.call("on_save", control)
+        if control.should_training_stop:
+            self.call("on_log", control, logs={"train_runtime": 9.0})  # the trainer sums up
         return control.should_training_stop
 
 
@@ -294,8 +296,12 @@ def test_the_time_left_of_a_budget_of_tokens_is_that_of_as_many_steps(tmp_path: 
 
 
 def test_what_belongs_to_an_interval_of_pretraining_outlives_a_resumption(tmp_path: Path) -> None:
+    """It ends with a SIGTERM in the middle of the interval, which the resumed run logs as a whole."""
     before = Swift(tmp_path / "before", token_budget=0)
-    before.step(3, 10, {"train/loss": 1.0}, sums((2, 4)))
+    before.directory.mkdir()
+    before.guard.stopping = True
+    assert before.step(3, 10, {"train/loss": 1.0}, sums((2, 4)))
+    assert before.metrics.rows == {}
     after = Swift(tmp_path / "after", token_budget=0)
     after.state = TrainerState(global_step=1, max_steps=5, is_world_process_zero=False)
     after.state.stateful_callbacks = {"StepMetrics": before.stepping.state()}
