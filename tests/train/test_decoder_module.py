@@ -147,6 +147,19 @@ def test_training_step_is_the_flow_matching_loss_and_adds_up():
     torch.testing.assert_close(trained.loss_sum, 2 * loss.detach())
 
 
+@torch.no_grad()
+def test_the_configured_weighting_is_that_of_the_loss() -> None:
+    batch = module().draws(batch_of(0, 1, 2))
+    plain, published, shifted = (
+        module(**options).loss_per_sample(batch) for options in ({"weighting": "none"}, {}, {"shift": 6.0})
+    )
+    weights = training_schedule().weights[batch["timestep_index"]]
+    torch.testing.assert_close(published, plain * weights)
+    ratio = shifted / published  # of the means of the weights: noisier levels, which weigh less, are drawn more often
+    torch.testing.assert_close(ratio, ratio[:1].expand(3))
+    assert float(ratio[0]) > 1.05
+
+
 @pytest.mark.parametrize("schedule, values", [
     ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
     ("linear", [0.5, 1.0, 1.0, 0.5, 0.0]),

@@ -14,7 +14,7 @@ from nexus_gen.autoregressive import NexusGenOutput
 from train import swift_callbacks
 from train.schemas.common import HeldoutConfig
 from train.step_clock import StepClock
-from train.swift_callbacks import HeldoutLoss, StepGuard
+from train.swift_callbacks import HeldoutLoss, StepGuard, task_of_rows, text_positions
 from train.weight_average import WeightAverage
 
 IMAGE = 9  # the id of image tokens
@@ -45,7 +45,11 @@ class Row:
 
 
 BATCHES = [
-    [Row("understanding", [1.0, 2.0], [True, True]), Row("generation", [4.0], [True], num_images=2)],
+    [
+        Row("understanding", [1.0, 2.0], [True, True]),
+        Row("generation", [4.0], [True], num_images=2),
+        Row("editing", [0.375], [True], num_images=1),
+    ],
     [Row("understanding", [3.0], [False]), Row("text", [0.5, 0.25], [True, True])],
     [Row("editing", [0.125], [False], num_images=1), Row("understanding", [8.0, 9.0, 7.0], [True, False, True])],
 ]
@@ -167,6 +171,19 @@ def test_every_heldout_figure_is_the_mean_over_what_its_name_says(monkeypatch: p
     assert found["heldout/text_loss/understanding"] == 5.0  # (1 + 2 + 3 + 8 + 9 + 7) / 6
     assert len(found) == 13
     assert model.training and model.seen == [0, 1, 2]
+
+
+def test_text_is_scored_where_it_is_a_label_and_something_predicts_it() -> None:
+    labels = torch.tensor([[3, 3, IGNORE, 3, IMAGE], [IGNORE, IGNORE, 3, 3, 3]])
+    found = text_positions(labels, labels == IMAGE)
+    assert found.int().tolist() == [[0, 1, 0, 1, 0], [0, 0, 1, 1, 1]]
+
+
+def test_a_row_belongs_to_the_task_of_its_pictures() -> None:
+    """understanding, generation, editing, text, by whether it looks at a picture and whether it makes one."""
+    rows = [([IMAGE, 1], [IGNORE, 1]), ([1, IMAGE], [1, IMAGE]), ([IMAGE, IMAGE], [IGNORE, IMAGE]), ([1, 1], [1, 1])]
+    input_ids, labels = (torch.tensor([row[side] for row in rows]) for side in (0, 1))
+    assert task_of_rows(input_ids, labels, IMAGE).tolist() == [0, 1, 2, 3]
 
 
 def test_what_no_row_has_is_not_logged(monkeypatch: pytest.MonkeyPatch) -> None:
