@@ -267,7 +267,7 @@ class NexusGen:
         contents: list[str],
         replies: list[str],
         images: Sequence[Sequence[Picture]],
-        systems: list[str] | None = None,
+        systems: Sequence[str] = (),
         **shape: Any,
     ) -> tuple[Tensor, list[Frame], list[Image.Image]]:
         """(embeddings of the results (B, N, D), frames, sources) of edits, as `repaint` takes them.

@@ -6,7 +6,8 @@ processes. Legend: B pictures, N samples.
 
 import logging
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from nexus_gen.specs.artifact import Manifest
 from train.decoder_module import DecoderModule, sample_noise
 from train.metrics import MetricsLogger
 from train.schemas.stages import DecoderConfig
+from train.step_clock import StepClock
 from train.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,8 @@ MARGIN = 2  # pixels between the pictures of a grid
 class DecoderMonitor(pl.Callback):
     """`heldout/loss` and sample grids every few steps and after the last one.
 
-    Every process has to run it. average: the weights to look at, where they are not the trained ones.
+    Every process has to run it. average: the weights to look at, where they are not the trained ones. clock: does not
+    count either among the steps.
     """
 
     def __init__(
@@ -50,8 +53,10 @@ class DecoderMonitor(pl.Callback):
         world_size: int,
         dtype: torch.dtype,
         average: WeightAverage | None,
+        clock: StepClock,
     ) -> None:
         self.average = average
+        self._clock = clock
         self._config = config
         self._metrics = metrics
         self._rank, self._world_size = rank, world_size
@@ -68,15 +73,21 @@ class DecoderMonitor(pl.Callback):
         step, heldout, samples = trainer.global_step, self._config.heldout, self._config.samples
         measures = min(heldout.num_samples, len(self._dataset)) and self._due(step, heldout.every_steps)
         paints = min(samples.num_pictures, len(self._dataset)) and self._due(step, samples.every_steps)
-        if not (measures or paints):
-            return
-        pl_module.eval()
-        with torch.no_grad(), self.average.applied() if self.average is not None else nullcontext():
-            if measures:
+        if measures:
+            with self._looking(pl_module, "heldout", step, heldout.every_steps):
                 self._metrics.log(step, self.heldout_loss(pl_module))
-            if paints:
+        if paints:
+            with self._looking(pl_module, "samples", step, samples.every_steps):
                 self.paint(pl_module, step)
-        pl_module.train()
+
+    @contextmanager
+    def _looking(self, module: pl.LightningModule, kind: str, step: int, every_steps: int) -> Iterator[None]:
+        """Not training: the weights to look at are in place, and the time is none of the steps'."""
+        with self._clock.other(kind, step, every_steps):
+            module.eval()
+            with torch.no_grad(), self.average.applied() if self.average is not None else nullcontext():
+                yield
+            module.train()
 
     def _due(self, step: int, every: int) -> bool:
         return step == self._config.trainer.max_steps or (every > 0 and step % every == 0)

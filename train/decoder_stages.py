@@ -30,6 +30,7 @@ from train.schemas.lengths import continued
 from train.schemas.run_directory import CHECKPOINTS
 from train.schemas.stages import DecoderConfig, EditingDecoderConfig, require_checkpoint
 from train.stage import Stage
+from train.step_clock import StepClock
 from train.weight_average import WeightAverage
 
 Decoder = GenerationDecoder | EditingDecoder
@@ -146,7 +147,8 @@ class DecoderStage(Stage[DecoderConfig]):
         if config.average.decay:
             average = WeightAverage(module.decoder, config.average.decay, self.rank, self.world_size)
         exported = average if config.average.export == "average" else None
-        monitor = DecoderMonitor(config, metrics, self.rank, self.world_size, dtype, exported)
+        clock = StepClock()
+        monitor = DecoderMonitor(config, metrics, self.rank, self.world_size, dtype, exported, clock)
         result = fit(
             module,
             loader,
@@ -156,6 +158,7 @@ class DecoderStage(Stage[DecoderConfig]):
             self.run_dir,
             self.device_type,
             [monitor],
+            clock,
             average,
         )
         if not result.finished:

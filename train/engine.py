@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import signal
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from train.schemas.checkpoints import checkpoint_step, complete_checkpoints
 from train.schemas.common import OptimConfig, TrainerConfig
 from train.schemas.failures import after_death
 from train.schemas.run_directory import CHECKPOINTS
+from train.step_clock import StepClock
 from train.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
@@ -195,22 +195,26 @@ class NewPlan(pl.Callback):
 
 
 class StepMetrics(pl.Callback):
-    """train/loss, train/lr, train/grad_norm and throughput into the MetricsLogger; a progress bar on rank zero.
+    """Figures of every interval of log_every_steps into the MetricsLogger; a progress bar on rank zero.
 
+    `train/loss`: mean over the interval's steps. `train/lr`, `train/grad_norm`: what its last step used, and the norm
+    before clipping. `perf/samples_per_s`: of training alone, without what `StepClock` calls other work.
+    `perf/eta_s`: what is left until the last checkpoint, other work included (`StepClock.remaining_s`).
     last: the latest values logged. What belongs to the interval under way is kept in checkpoints, so that a resumed
     run logs the losses of an uninterrupted one.
     """
 
-    def __init__(self, guard: StepGuard, metrics: MetricsLogger, config: TrainerConfig, start_step: int) -> None:
+    def __init__(
+        self, guard: StepGuard, metrics: MetricsLogger, config: TrainerConfig, start_step: int, clock: StepClock
+    ) -> None:
         self.last: dict[str, float] = {}
+        self._clock = clock
         self._guard = guard
         self._metrics = metrics
         self._config = config
         self._start_step = start_step
         self._losses: list[float] = []
         self._learning_rate = 0.0
-        self._since = 0.0
-        self._timed_steps = 0
         self._bar: tqdm | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,7 +224,7 @@ class StepMetrics(pl.Callback):
         self.last, self._losses = state_dict["last"], state_dict["losses"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._since = time.monotonic()
+        self._clock.start()
         if trainer.is_global_zero:
             # disable=None: no bar where nobody watches; the log lines below are then all there is.
             self._bar = tqdm(total=self._config.max_steps, initial=self._start_step, unit="step", disable=None)
@@ -235,22 +239,20 @@ class StepMetrics(pl.Callback):
         self._losses.append(self._guard.loss)
         if self._bar is not None:
             self._bar.update()
-        self._timed_steps += 1
+        self._clock.step_done()
         if step % self._config.log_every_steps and step != self._config.max_steps:
             return
-        now = time.monotonic()
-        step_s = (now - self._since) / self._timed_steps
+        step_s = self._clock.lap().step_s
         self.last = {
             "train/loss": sum(self._losses) / len(self._losses),
             "train/lr": self._learning_rate,
             **self._gradient_norm(trainer),
             "perf/samples_per_s": self._config.global_batch_size / step_s,
-            "perf/eta_s": (self._config.max_steps - step) * step_s,
+            "perf/eta_s": self._clock.remaining_s(step, self._config.max_steps, step_s),
         }
         self._metrics.log(step, self.last)
         self._show(step)
         self._losses = []
-        self._since, self._timed_steps = now, 0
 
     def _gradient_norm(self, trainer: pl.Trainer) -> dict[str, float]:
         strategy: Any = trainer.strategy
@@ -298,9 +300,15 @@ class StepCheckpoints(pl.Callback):
     """Checkpoints every N steps, after the last step, and when the ranks agreed to stop; that also ends the fit."""
 
     def __init__(
-        self, guard: StepGuard, directory: Path, config: TrainerConfig, average: WeightAverage | None = None
+        self,
+        guard: StepGuard,
+        directory: Path,
+        config: TrainerConfig,
+        clock: StepClock,
+        average: WeightAverage | None = None,
     ) -> None:
         self._average = average
+        self._clock = clock
         self._guard = guard
         self._directory = directory
         self._config = config
@@ -311,7 +319,8 @@ class StepCheckpoints(pl.Callback):
         step, every = trainer.global_step, self._config.checkpoint_every_steps
         due = every > 0 and step % every == 0
         if due or self._guard.stopping or step == self._config.max_steps:
-            self._save(trainer, step)
+            with self._clock.other("checkpoint", step, every):
+                self._save(trainer, step)
         if self._guard.stopping:
             trainer.should_stop = True
 
@@ -389,13 +398,15 @@ def fit(
     run_dir: Path,
     device_type: str,
     monitors: list[pl.Callback],
+    clock: StepClock,
     average: WeightAverage | None = None,
 ) -> FitResult:
     """Train up to max_steps, from the latest checkpoint under run_dir/checkpoints where there is one.
 
     module: keeps `loss_sum` as DecoderModule does. loader: yields this rank's micro batches without end and has
     `state_dict` and `load_state_dict`; its state has to be the same on all ranks. metrics: closed at the end.
-    monitors: callbacks that come after the metrics of a step and before its checkpoint. average: kept up to date.
+    monitors: callbacks that come after the metrics of a step and before its checkpoint. clock: the one that they time
+    their work with. average: kept up to date.
     Raises UserError when the loss is not finite, and when a loader process was killed, after a checkpoint.
     """
     world_size = int(os.environ["WORLD_SIZE"])
@@ -405,9 +416,9 @@ def fit(
     stop_request = StopRequest()
     loader.on_death = stop_request.on_death
     guard = StepGuard(stop_request)
-    step_metrics = StepMetrics(guard, metrics, trainer_config, start_step)
+    step_metrics = StepMetrics(guard, metrics, trainer_config, start_step, clock)
     averaging = [Averaging(average, checkpoint)] if average is not None else []
-    checkpoints = StepCheckpoints(guard, run_dir / CHECKPOINTS, trainer_config, average)
+    checkpoints = StepCheckpoints(guard, run_dir / CHECKPOINTS, trainer_config, clock, average)
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
     if trainer_config.precision == "tf32":
         torch.set_float32_matmul_precision("high")

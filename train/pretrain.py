@@ -47,6 +47,7 @@ from train.schemas.lengths import continued, shorter
 from train.schemas.run_directory import CHECKPOINTS, QUARANTINE
 from train.schemas.stages import PretrainConfig
 from train.stage import Stage
+from train.step_clock import StepClock
 from train.swift_callbacks import (
     Averaging,
     HeldoutLoss,
@@ -252,7 +253,10 @@ class PretrainPipeline(SwiftSft):
         self.guard = guard = StepGuard(self.accumulation, start_step, self.model.config.image_token_id, budget)
         if budget:
             schedule_by_tokens(trainer, guard, config.optim)
-        step_metrics = StepMetrics(guard, metrics, config.trainer, lambda: trainer.optimizer.param_groups[0]["lr"])
+        clock = StepClock()
+        step_metrics = StepMetrics(
+            guard, metrics, config.trainer, lambda: trainer.optimizer.param_groups[0]["lr"], clock
+        )
         # DeepSpeed's own files hold the weights; swift's copy would gather them all and take their space once more.
         trainer.save_model = lambda *args, **kwargs: None
         trainer.remove_callback(ProgressCallback)  # swift's; it prints every log as a dict
@@ -261,7 +265,6 @@ class PretrainPipeline(SwiftSft):
         if config.average.decay:
             self.average = WeightAverage(self.model, config.average.decay, self.rank, self.world_size)
             trainer.add_callback(Averaging(self.average, directory))
-        exported = self.average if config.average.export == "average" else None
         generates = not config.data.dynamic_targets  # pictures of one grid are generated together
         trainer.add_callback(
             HeldoutLoss(
@@ -270,12 +273,13 @@ class PretrainPipeline(SwiftSft):
                 self._heldout_batches(),
                 metrics,
                 config.heldout,
-                exported,
+                self.exported_average,
                 self.template.prepared,
                 generates,
+                clock,
             )
         )
-        trainer.add_callback(StepCheckpoints(guard, directory, config.trainer))
+        trainer.add_callback(StepCheckpoints(guard, directory, config.trainer, clock))
         self.template.on_loss = guard.on_loss
         self.trainer = trainer
         parameters = list(self.model.parameters())
@@ -327,11 +331,16 @@ class PretrainPipeline(SwiftSft):
         if self.config.objective.target_inputs != TARGET_INPUTS[0] or hasattr(config, "target_inputs"):
             config.target_inputs = self.config.objective.target_inputs
 
+    @property
+    def exported_average(self) -> WeightAverage | None:
+        """The average, where it and not the trained weights is measured and exported."""
+        return self.average if self.config.average.export == "average" else None
+
     def gather_weights(self) -> dict[str, Tensor]:
         """The whole weights to export on rank zero, by their names in memory; every rank has to call it."""
         weights = self.trainer.accelerator.get_state_dict(self.trainer.deepspeed)
-        if self.average is not None and self.config.average.export == "average":
-            averaged = self.average.gather()  # of what is trained
+        if self.exported_average is not None:
+            averaged = self.exported_average.gather()  # of what is trained
             weights = {**weights, **averaged} if self.rank == 0 else weights
         return weights
 

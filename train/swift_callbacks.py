@@ -7,7 +7,6 @@ import logging
 import math
 import shutil
 import signal
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -32,6 +31,7 @@ from train.learning_rate import follow_plan
 from train.metrics import MetricsLogger
 from train.schemas.checkpoints import COMPLETE, PREFIX, TOKENS_SEEN, begun_checkpoints, complete_checkpoints
 from train.schemas.common import HeldoutConfig, TrainerConfig
+from train.step_clock import StepClock
 from train.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
@@ -146,8 +146,10 @@ class HeldoutLoss(TrainerCallback):
         average: WeightAverage | None,
         prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]],
         generates: bool,
+        clock: StepClock,
     ) -> None:
         self._guard = guard
+        self._clock = clock
         self._model = model
         self._batches = batches
         self._prepare = prepare
@@ -157,10 +159,11 @@ class HeldoutLoss(TrainerCallback):
         self._average = average
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        every = self._config.every_steps
-        due = every > 0 and state.global_step % every == 0
+        step, every = state.global_step, self._config.every_steps
+        due = every > 0 and step % every == 0
         if self._batches and (due or self._guard.is_last(state)):
-            self._metrics.log(state.global_step, self.measure())
+            with self._clock.other("heldout", step, every):
+                self._metrics.log(step, self.measure())
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -290,15 +293,27 @@ class StepGuard:
 
 
 class StepMetrics(TrainerCallback, ExportableState):
-    """Losses, learning rate, gradient norm and throughput into the MetricsLogger; a progress bar on rank zero.
+    """Figures of every interval of log_every_steps into the MetricsLogger; a progress bar on rank zero.
 
+    `train/loss`, `train/text_loss`, `train/image_loss`: means over the interval's steps of `StepGuard.losses`; those
+    of tasks are means over all tokens of the interval. `train/lr`, `train/grad_norm`: what its last step used, and the
+    norm before clipping. `train/tokens_seen`: of all steps so far. `perf/samples_per_s`, `perf/tokens_per_s`: of
+    training alone, without what `StepClock` calls other work. `perf/eta_s`: what is left until the last checkpoint,
+    other work included (`StepClock.remaining_s`); of a budget of tokens, in as many steps as it takes at the
+    interval's tokens per step.
     learning_rate: tells the rate that the coming step will use. The losses of the interval under way and the tokens
     seen are kept in checkpoints, so that a resumed run logs those of an uninterrupted one.
     """
 
     def __init__(
-        self, guard: StepGuard, metrics: MetricsLogger, config: TrainerConfig, learning_rate: Callable[[], float]
+        self,
+        guard: StepGuard,
+        metrics: MetricsLogger,
+        config: TrainerConfig,
+        learning_rate: Callable[[], float],
+        clock: StepClock,
     ) -> None:
+        self._clock = clock
         self._last: dict[str, float] = {}
         self._guard = guard
         self._metrics = metrics
@@ -308,8 +323,7 @@ class StepMetrics(TrainerCallback, ExportableState):
         self._losses: list[dict[str, float]] = []
         self._task_sums: list[float] = []  # of the interval under way
         self._num_tokens = 0
-        self._timed_steps = 0
-        self._since = 0.0
+        self._due = False  # whether the step that is done ends an interval
         self._bar: tqdm | None = None
 
     def state(self) -> dict[str, Any]:
@@ -322,7 +336,7 @@ class StepMetrics(TrainerCallback, ExportableState):
         attributes = states[type(self).__name__]["attributes"]
         self._losses, self._task_sums = list(attributes["losses"]), list(attributes["task_sums"])
         self._guard.tokens_seen = attributes[TOKENS_SEEN]
-        self._since = time.monotonic()
+        self._clock.start()
         if state.is_world_process_zero:
             # disable=None: no bar where nobody watches; the log lines below are then all there is.
             tokens, budget = self._guard.tokens_seen, self._guard.token_budget
@@ -340,11 +354,12 @@ class StepMetrics(TrainerCallback, ExportableState):
         before = self._task_sums or [0.0] * len(self._guard.task_sums)
         self._task_sums = [old + new for old, new in zip(before, self._guard.task_sums, strict=True)]
         self._num_tokens += self._guard.num_tokens
-        self._timed_steps += 1
+        self._clock.step_done()
         if self._bar is not None:
             self._bar.update(self._guard.num_tokens if self._guard.token_budget else 1)
-        due = state.global_step % self._config.log_every_steps == 0
-        control.should_log = due or self._guard.stopping or self._guard.is_last(state)
+        # Not where a SIGTERM ends it: the run that resumes logs the whole interval.
+        self._due = state.global_step % self._config.log_every_steps == 0 or self._guard.is_last(state)
+        control.should_log = self._due
 
     def on_log(
         self,
@@ -355,22 +370,22 @@ class StepMetrics(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """`logs` come from the trainer, which alone knows the gradient norm; at the end of training it sums up."""
-        if not self._losses:
+        if not self._due:
             return
-        now = time.monotonic()
-        elapsed_s = now - self._since
-        step_s = elapsed_s / self._timed_steps
-        tokens_per_s, left = self._num_tokens / elapsed_s, state.max_steps - state.global_step
-        tokens_left = max(0, self._guard.token_budget - self._guard.tokens_seen)
+        interval = self._clock.lap()
+        last_step = state.max_steps
+        if self._guard.token_budget:
+            tokens_left = max(0, self._guard.token_budget - self._guard.tokens_seen)
+            last_step = state.global_step + math.ceil(tokens_left * interval.num_steps / self._num_tokens)
         self._last = {
             **means(self._losses),
             **TaskSums.means(self._task_sums, "train"),
             "train/lr": self._rate,
             **self._gradient_norm(logs or {}),
             "train/tokens_seen": self._guard.tokens_seen,
-            "perf/samples_per_s": self._config.global_batch_size / step_s,
-            "perf/tokens_per_s": tokens_per_s,
-            "perf/eta_s": tokens_left / tokens_per_s if self._guard.token_budget else left * step_s,
+            "perf/samples_per_s": self._config.global_batch_size / interval.step_s,
+            "perf/tokens_per_s": self._num_tokens / interval.seconds,
+            "perf/eta_s": self._clock.remaining_s(state.global_step, last_step, interval.step_s),
         }
         self._metrics.log(state.global_step, self._last)
         if state.is_world_process_zero:
@@ -378,8 +393,7 @@ class StepMetrics(TrainerCallback, ExportableState):
         self._losses = []
         self._task_sums = []
         self._num_tokens = 0
-        self._timed_steps = 0
-        self._since = now
+        self._due = False
 
     def _gradient_norm(self, logs: dict[str, float]) -> dict[str, float]:
         norm = logs.get("grad_norm")  # before clipping; DeepSpeed tells none at ZeRO stage 0 in float32
@@ -418,8 +432,9 @@ class StepCheckpoints(TrainerCallback):
     The trainer writes them in place, so each is marked when all ranks are done; older ones go only after that.
     """
 
-    def __init__(self, guard: StepGuard, directory: Path, config: TrainerConfig) -> None:
+    def __init__(self, guard: StepGuard, directory: Path, config: TrainerConfig, clock: StepClock) -> None:
         self._guard = guard
+        self._clock = clock
         self._directory = directory
         self._config = config
 
@@ -430,6 +445,8 @@ class StepCheckpoints(TrainerCallback):
         control.should_save = due or self._guard.stopping or is_last
         if self._guard.stopping or is_last:
             control.should_training_stop = True
+        if control.should_save:
+            self._clock.begin_other("checkpoint", step, every)  # until the trainer has written it, see on_save
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         torch.distributed.barrier()
@@ -441,6 +458,7 @@ class StepCheckpoints(TrainerCallback):
                 shutil.rmtree(old)
             log.info("checkpoint %s", path.name)
         torch.distributed.barrier()
+        self._clock.end_other("checkpoint")
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:

@@ -6,16 +6,17 @@ import os
 import shutil
 import signal
 import tarfile
-from itertools import chain, islice
+from itertools import chain, combinations, islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
 from webdataset import TarWriter, WebDataset, split_by_node
 
-from data.loader import ShardLoader
+from data.loader import ShardDataset, ShardLoader
 from data.quantize import quantize
 from data.shards import ShardSpec, index_shard, read_sample, save_samples, scan_shard, write_shard
 from nexus_gen.specs.artifact import Manifest, hash_file, seal
@@ -110,6 +111,80 @@ def test_order_depends_on_the_seed_and_batches_say_where_they_come_from(artifact
     batches = list(islice(iter(loader(artifact)), 15))
     assert all(torch.equal(batch["index"].float(), batch["value"].flatten()) for batch in batches)
     assert [int(batch["epoch"][0]) for batch in batches] == [0] * 14 + [1]
+
+
+@pytest.fixture(scope="module")
+def imagined(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty train samples in ten shards, and two held-out ones: true embeddings are i, predicted ones -1 - i."""
+    directory = tmp_path_factory.mktemp("imagined")
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": []}
+    for number in range(11):
+        split = "train" if number < 10 else "heldout"
+        file = f"{split}/{number:06d}.tar"
+        (directory / split).mkdir(exist_ok=True)
+        numbers = (2 * number, 2 * number + 1)
+        write_shard(
+            directory / file,
+            [
+                (
+                    f"{i:09d}",
+                    {"target_embeds": torch.tensor([float(i)]), "predicted_embeds": torch.tensor([-1.0 - i])},
+                    {},
+                )
+                for i in numbers
+            ],
+        )
+        splits[split].append({"file": file, "samples": 2})
+    details = {"spec": SPEC.__dict__, "splits": splits}
+    seal(directory, Manifest("embedding_shards", "embed_generation", {}, {}, {}, details))
+    return directory
+
+
+def embeds(artifact: Path, fraction: float, epoch: int = 0, seed: int = 7) -> list[int]:
+    dataset = ShardDataset(artifact, "train", seed, fraction)
+    samples = [dataset[(epoch, index)] for index in range(len(dataset))]
+    assert all("predicted_embeds" not in sample for sample in samples)
+    return [int(sample["target_embeds"]) for sample in samples]
+
+
+def test_as_many_embeddings_are_predicted_ones_as_are_asked_for(imagined: Path) -> None:
+    assert embeds(imagined, 0.0) == list(range(20))
+    assert embeds(imagined, 1.0) == [-1 - index for index in range(20)]
+    for fraction, epoch, seed in ((0.3, 0, 7), (0.3, 1, 7), (0.3, 0, 8), (0.9, 0, 7)):
+        draws = [np.random.default_rng((seed, epoch, index, 1)).random() for index in range(20)]
+        expected = [-1 - index if draw < fraction else index for index, draw in enumerate(draws)]
+        assert embeds(imagined, fraction, epoch, seed) == expected
+    counts = [sum(index < 0 for index in embeds(imagined, 0.3, epoch)) for epoch in range(40)]
+    assert abs(sum(counts) / 800 - 0.3) < 0.05  # 3 standard errors
+
+
+def test_a_loader_draws_the_fraction_that_it_was_given_from_its_split(imagined: Path) -> None:
+    settings: dict[str, Any] = {"micro_batch_size": 2, "accumulation": 1, "rank": 0, "world_size": 1, "seed": 7}
+    for split, numbers in (("train", set(range(20))), ("heldout", {20, 21})):
+        for fraction in (0.0, 1.0):
+            made = ShardLoader(imagined, split, num_workers=0, predicted_fraction=fraction, **settings)
+            batches = islice(iter(made), made.steps_per_epoch)
+            found = {int(value) for batch in batches for value in batch["target_embeds"]}
+            assert found == ({-1 - number for number in numbers} if fraction else numbers)
+
+
+def test_shards_are_shuffled_and_samples_within_eight_of_them(imagined: Path) -> None:
+    """So reads stay within a few files at a time, and no two samples stay neighbours as they were stored."""
+    dataset = ShardDataset(imagined, "train")
+    orders = {(seed, epoch): dataset.order(seed, epoch).tolist() for seed in (7, 8) for epoch in (0, 1)}
+    assert all(sorted(order) == list(range(20)) for order in orders.values())
+    for one, two in combinations(orders.values(), 2):
+        assert one != two and {index // 2 for index in one[:16]} != {index // 2 for index in two[:16]}
+    for order in orders.values():
+        shards = [index // 2 for index in order]
+        assert len(set(shards[:16])) == 8 and set(shards[16:]).isdisjoint(shards[:16])
+        assert sum(one == two for one, two in pairwise(shards)) < 5  # pairs of a shard; all ten, were it not mixed
+    # As it has always been: what resumes goes on in the order in which it began.
+    generator = np.random.default_rng((7, 1))
+    shuffled = generator.permutation(10).tolist()
+    first = generator.permutation([index for shard in shuffled[:8] for index in (2 * shard, 2 * shard + 1)])
+    second = generator.permutation([index for shard in shuffled[8:] for index in (2 * shard, 2 * shard + 1)])
+    assert orders[7, 1] == [*first.tolist(), *second.tolist()]
 
 
 def test_a_split_smaller_than_a_global_batch_and_another_batch_size_are_refused(artifact: Path) -> None:

@@ -1,13 +1,17 @@
 """The schedule, to the bit, and the arithmetic around it."""
 
+import math
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from nexus_gen.flow_match import (
     NUM_TRAIN_TIMESTEPS,
+    PUBLISHED,
     TimestepDensity,
     add_noise,
     euler_sample,
@@ -115,25 +119,72 @@ def test_impossible_sampling_is_refused():
         euler_sample(lambda x, t, g: x, torch.zeros(1, 1, 2, 2), 5, cfg_scale=3.0)
 
 
+def shifted(level: Tensor, shift: float) -> Tensor:
+    return shift * level / (1 + (shift - 1) * level)
+
+
+def upper_edges() -> Tensor:
+    """Where the cells of the schedule's 1000 levels end, from the noisiest down: halfway, before the shift by 3."""
+    line = torch.linspace(1, 0.003 / 1.002, 1000, dtype=torch.float64)
+    return shifted(torch.cat([torch.tensor([2.0]), (line[:-1] + line[1:]) / 2]).double(), 3.0)
+
+
+def level_of(uniform: float, kind: str) -> float:
+    """The noise level before the shift: the number itself, or the logistic of the normal at that quantile."""
+    return uniform if kind == "uniform" else 1 / (1 + math.exp(-NormalDist().inv_cdf(uniform)))
+
+
 @pytest.mark.parametrize("kind", ["uniform", "logit_normal"])
-@pytest.mark.parametrize("shift", [1.0, 6.0])
+@pytest.mark.parametrize("shift", [1.0, 2.0, 3.0, 6.0])
+def test_a_density_takes_the_level_nearest_to_its_quantile(kind: str, shift: float) -> None:
+    uniform = torch.rand(500, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    levels = torch.tensor([level_of(float(number), kind) for number in uniform], dtype=torch.float64)
+    expected = torch.searchsorted(-upper_edges()[1:], -shifted(levels, shift))
+    assert torch.equal(TimestepDensity(kind, shift).index(uniform), expected)
+    if (kind, shift) != ("uniform", 3.0):  # what was published draws the index itself
+        drawn = sample_timesteps(500, torch.Generator().manual_seed(5), density=TimestepDensity(kind, shift))
+        assert torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.0, 3.0, 6.0])
+def test_a_larger_shift_trains_on_more_noise(shift: float) -> None:
+    """s / (s - 1) - s ln s / (s - 1)^2 of numbers from 0 to 1; those below the lowest level are raised to it."""
+    exact = 0.5 if shift == 1 else shift / (shift - 1) - shift * math.log(shift) / (shift - 1) ** 2
+    index = sample_timesteps(40_000, torch.Generator().manual_seed(1), density=TimestepDensity("uniform", shift))
+    found = float(training_schedule().sigmas[index].mean())
+    assert abs(found - exact) < 0.006  # 4 standard errors; 0.5, 0.61, 0.68, 0.77
+
+
+def test_only_what_was_published_counts_as_published() -> None:
+    assert TimestepDensity().is_published and TimestepDensity("uniform", 3.0, "published") == PUBLISHED
+    assert TimestepDensity(weighting="none").is_published
+    for other in (TimestepDensity(shift=1.0), TimestepDensity(shift=6.0), TimestepDensity("logit_normal")):
+        assert not other.is_published
+    published = sample_timesteps(5, torch.Generator().manual_seed(3))
+    assert torch.equal(published, torch.randint(1000, (5,), generator=torch.Generator().manual_seed(3)))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
 def test_weights_have_mean_one_under_every_density(kind: str, shift: float) -> None:
-    density = TimestepDensity(kind, shift)
-    index = sample_timesteps(20_000, torch.Generator().manual_seed(0), density=density)
-    assert abs(density.weights(index).mean() - 1) < 0.02  # 3 standard errors
-    assert bool((TimestepDensity(kind, shift, "none").weights(index) == 1).all())
+    """The table of weights over its mean, in which each level counts as often as the density draws it."""
+    edges = torch.cat([upper_edges(), torch.tensor([-1.0])])
+    level = edges / (shift - (shift - 1) * edges)  # before the density's own shift
+    if kind == "uniform":
+        below = level.clamp(0, 1)
+    else:
+        below = torch.tensor([NormalDist().cdf(math.log(x / (1 - x))) if 0 < x < 1 else float(x >= 1) for x in level])
+    below[0], below[-1] = 1.0, 0.0
+    table = GOLDEN["train_weights"].double()
+    mean = float(((below[:-1] - below[1:]) * table).sum())
+    expected = table if (kind, shift) == ("uniform", 3.0) else table / mean
+    found = TimestepDensity(kind, shift).weights(torch.arange(1000))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-7)
+    assert bool((TimestepDensity(kind, shift, "none").weights(torch.arange(1000)) == 1).all())
 
 
-def test_a_density_takes_the_nearest_level_of_the_schedule() -> None:
-    levels = torch.linspace(1, 0.003 / 1.002, 1000, dtype=torch.float64)
-    assert torch.equal(TimestepDensity().index(levels), torch.arange(1000))
-    sigmas = training_schedule().sigmas
-    for shift in (1.0, 6.0):
-        wanted = shift * levels / (1 + (shift - 1) * levels)
-        found = sigmas[TimestepDensity("uniform", shift).index(levels)]
-        assert (found - wanted).abs().max() < 0.007  # the lowest level is 0.009
-    middle = sigmas[
-        sample_timesteps(20_000, torch.Generator().manual_seed(0), density=TimestepDensity("logit_normal", 1.0))
-    ]
-    assert abs(middle.mean() - 0.5) < 0.01
-    assert abs(middle.std() - 0.208) < 0.005  # of the logistic of a normal number
+def test_a_loss_is_weighed_by_the_density_that_it_was_drawn_from() -> None:
+    x0, noise, index = torch.zeros(2, 1, 2, 2), torch.full((2, 1, 2, 2), 3.0), torch.tensor([400, 900])
+    for density in (TimestepDensity(), TimestepDensity(shift=6.0), TimestepDensity(weighting="none")):
+        found = flow_match_loss(lambda noisy, timestep: torch.ones_like(noisy), x0, noise, index, density)
+        torch.testing.assert_close(found, 4 * density.weights(index))  # (1 - 3)^2, the mean over a sample's values

@@ -1,13 +1,16 @@
 """Noise per sample, losses over micro batches, and the learning rate."""
 
+import math
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from nexus_gen.decoders import build_generation_decoder
-from nexus_gen.flow_match import flow_match_loss
+from nexus_gen.flow_match import flow_match_loss, training_schedule
 from nexus_gen.specs.geometry import FluxGeometry
 from train.decoder_module import DecoderModule, learning_rate_factor, sample_noise
 from train.schemas.common import OptimConfig
@@ -52,6 +55,25 @@ def test_noise_follows_from_seed_epoch_and_index_alone():
     assert (timestep, draw) == (again, same_draw)
     for other in ((8, 2, 5), (7, 3, 5), (7, 2, 6), (7, 5, 2)):
         assert not torch.equal(noise, sample_noise(*other, SHAPE)[1])
+
+
+def drawn_by_hand(seed: int, epoch: int, index: int) -> tuple[int, Tensor, float]:
+    """A generator of each sample and epoch: first the timestep, then the noise, then the number for its condition."""
+    generator = torch.Generator()
+    generator.manual_seed(int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0]))
+    timestep = int(torch.randint(1000, (1,), generator=generator))
+    noise = torch.randn(*SHAPE, generator=generator)
+    return timestep, noise, float(torch.rand(1, generator=generator))
+
+
+def test_a_batch_draws_for_each_sample_in_the_order_of_the_first_version() -> None:
+    drawn = module().draws(batch_of(4, 0, 9, epoch=2))
+    for place, index in enumerate((4, 0, 9)):
+        timestep, noise, _ = drawn_by_hand(7, 2, index)
+        assert int(drawn["timestep_index"][place]) == timestep
+        assert torch.equal(drawn["noise"][place], noise)
+    shifted = module(shift=6.0).draws(batch_of(4, 0, 9, epoch=2))["timestep_index"]
+    assert (shifted != drawn["timestep_index"]).any()  # of the density that was configured
 
 
 def test_noise_is_normal_and_timesteps_cover_the_schedule():
@@ -106,8 +128,36 @@ def test_training_step_is_the_flow_matching_loss_and_adds_up():
 
     expected = flow_match_loss(velocity, batch["latents"], batch["noise"], batch["timestep_index"])
     torch.testing.assert_close(loss, expected.mean())
+    schedule = training_schedule()
+    by_hand = []
+    for place, index in enumerate(batch["timestep_index"].tolist()):
+        sigma, own = float(schedule.sigmas[index]), batch["latents"][place]
+        noisy = (1 - sigma) * own + sigma * batch["noise"][place]
+        predicted = trained.decoder(
+            noisy[None],
+            torch.tensor([1000 * sigma]),
+            torch.tensor([3.5]),
+            trained._pooled,
+            batch["target_embeds"][place : place + 1],
+        )[0]
+        error = ((predicted - (batch["noise"][place] - own)) ** 2).mean()
+        by_hand.append(float(schedule.weights[index] * error.detach()))
+    assert float(loss) == pytest.approx(sum(by_hand) / 3, rel=1e-4)
     trained.training_step(batch, 1)
     torch.testing.assert_close(trained.loss_sum, 2 * loss.detach())
+
+
+@torch.no_grad()
+def test_the_configured_weighting_is_that_of_the_loss() -> None:
+    batch = module().draws(batch_of(0, 1, 2))
+    plain, published, shifted = (
+        module(**options).loss_per_sample(batch) for options in ({"weighting": "none"}, {}, {"shift": 6.0})
+    )
+    weights = training_schedule().weights[batch["timestep_index"]]
+    torch.testing.assert_close(published, plain * weights)
+    ratio = shifted / published  # of the means of the weights: noisier levels, which weigh less, are drawn more often
+    torch.testing.assert_close(ratio, ratio[:1].expand(3))
+    assert float(ratio[0]) > 1.05
 
 
 @pytest.mark.parametrize("schedule, values", [
@@ -136,15 +186,19 @@ def test_optimizer_holds_every_parameter_and_the_configured_rates():
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    assert rates == pytest.approx([1e-3 * learning_rate_factor(step, 2, 10, "cosine") for step in range(4)])
+    assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3, 1e-3 * (1 + math.cos(math.pi / 8)) / 2])
+    (group,) = optimizer.param_groups
+    assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.9, 0.95), 0.01, 1e-8)
+    assert isinstance(optimizer, torch.optim.AdamW) and configured["lr_scheduler"]["interval"] == "step"
 
 
 def test_conditions_are_dropped_by_sample_at_the_configured_rate() -> None:
-    dropped = [module(condition_dropout=0.25).draws(batch_of(*range(64)))["dropped"]] * 2
-    assert dropped[0] == dropped[1] and 6 < len(dropped[0]) < 27  # 16 expected, 3 standard deviations are 10.4
-    alone = module(condition_dropout=0.25).draws(batch_of(dropped[0][0]))
-    assert alone["dropped"] == [0]
-    assert module(condition_dropout=0.0).draws(batch_of(*range(64)))["dropped"] == []
+    numbers = [drawn_by_hand(7, 0, index)[2] for index in range(64)]
+    for rate, count in ((0.0, 0), (0.25, 14), (0.5, 36), (1.0, 64)):
+        dropped = module(condition_dropout=rate).draws(batch_of(*range(64)))["dropped"]
+        assert dropped == [index for index, number in enumerate(numbers) if number < rate] and len(dropped) == count
+    first = next(index for index, number in enumerate(numbers) if number < 0.25)
+    assert module(condition_dropout=0.25).draws(batch_of(first))["dropped"] == [0]
 
 
 @torch.no_grad()
@@ -169,3 +223,28 @@ def test_the_conditioner_gets_gradients_where_all_conditions_are_dropped() -> No
     batch = {**trained.draws(batch_of(0, 1)), "dropped": [0, 1]}
     trained.training_step(batch, 0).backward()
     assert all(parameter.grad is not None for parameter in trained.decoder.adapter.parameters())
+
+
+class Recording(torch.nn.Module):
+    """A decoder that keeps what it is conditioned on."""
+
+    def forward(self, noisy: Tensor, timestep: Tensor, guidance: Tensor, pooled: Tensor, *embeds: Tensor, **_: Any):
+        self.called_with = (timestep, guidance, embeds)
+        return noisy
+
+
+@pytest.mark.parametrize("reference", [True, False, None])
+def test_an_editing_decoder_sees_its_source_unless_it_is_to_edit_blindly(reference: bool | None) -> None:
+    trained = module()
+    trained.decoder = recording = Recording()
+    transformer = SimpleNamespace(x_embedder=torch.nn.Linear(1, 1))
+    object.__setattr__(recording, "transformer", transformer)
+    if reference is not None:
+        trained.objective = SimpleNamespace(reference=reference, guidance=2.5, condition_dropout=0.0)
+    batch = {**batch_of(0, 1), "source_embeds": torch.randn(2, 324, EMBED_DIM)}
+    noisy, timestep = torch.randn(2, *SHAPE), torch.tensor([900.0, 30.0])
+    assert torch.equal(trained.velocity(batch)(noisy, timestep), noisy)
+    found, guidance, embeds = recording.called_with
+    assert torch.equal(found, timestep) and guidance.tolist() == [3.5 if reference is None else 2.5] * 2
+    expected = [batch["target_embeds"], *([] if reference is False else [batch["source_embeds"]])]
+    assert len(embeds) == len(expected) and all(map(torch.equal, embeds, expected))

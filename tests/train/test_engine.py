@@ -9,6 +9,7 @@ import signal
 import subprocess
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -16,6 +17,7 @@ import lightning.pytorch as pl
 import pytest
 import tiny_qwen
 import torch
+from heldout_by_hand import heldout_by_hand
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -31,14 +33,17 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry
 from nexus_gen.text_encoders import encode_pooled
 from nexus_gen.vae import FluxVae
+from train import decoder_stages
 from train.decoder_module import DecoderModule
 from train.decoder_stages import build_initial_decoder
-from train.engine import StepGuard, StopRequest, deepspeed_config
-from train.metrics import read_metrics
+from train.engine import Averaging, FitResult, StepGuard, StopRequest, deepspeed_config
+from train.metrics import latest, read_metrics
 from train.schemas.checkpoints import checkpoint_step, complete_checkpoints
+from train.schemas.common import AverageConfig, HeldoutConfig, SamplesConfig
 from train.schemas.fields import typed
 from train.schemas.run_directory import identity, prepare
 from train.schemas.stages import DecoderConfig
+from train.weight_average import WeightAverage
 
 FLUX = FluxGeometry(32, 2, 1, 2, 24, 16, [4, 6, 6], 16, 2)
 VAE = VaeGeometry([8, 16], 1, 4, 16)
@@ -65,18 +70,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_shards(directory: Path) -> None:
-    (directory / "train").mkdir(parents=True)
+    """Ten samples to train on, and four others."""
     samples = [
         (
             f"{index:09d}",
             {"target_embeds": torch.randn(81, EMBED_DIM), "latents": torch.randn(LATENTS)},
             {"index": index},
         )
-        for index in range(10)
+        for index in range(14)
     ]
-    write_shard(directory / "train" / "000000.tar", samples)
-    (directory / "heldout").mkdir()
-    write_shard(directory / "heldout" / "000000.tar", samples[:4])
+    for split, own in (("train", samples[:10]), ("heldout", samples[10:])):
+        (directory / split).mkdir(parents=True)
+        write_shard(directory / split / "000000.tar", own)
     details = {
         "spec": dataclasses.asdict(ShardSpec(81, 0, EMBED_DIM, list(LATENTS), "float32", "encoder")),
         "splits": {
@@ -262,6 +267,54 @@ def test_a_stage_trains_as_a_plain_loop_does_and_writes_its_artifact(inputs: Pat
         torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("export", ["average", "raw"])
+def test_a_stage_exports_the_weights_of_its_choice_and_measures_those(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process_group: None, export: str
+) -> None:
+    """Training is a step that adds 0.01 to every weight; of the average, a tenth is the start then."""
+    own = {
+        "average": AverageConfig(0.9, export),
+        "samples": SamplesConfig(0, 0),
+        "heldout": HeldoutConfig(every_steps=0, num_samples=2),
+    }
+    made = dataclasses.replace(config(inputs, tmp_path), **own)
+    made.objective.predicted_fraction = 0.25
+    prepare(made, identity(made))
+
+    def fit(module: Any, loader: Any, trainer: Any, optim: Any, metrics: Any, *others: Any) -> FitResult:
+        *_, (monitor,), _, average = others
+        assert (loader.dataset.paths[0].parent.name, loader.dataset.predicted_fraction) == ("train", 0.25)
+        assert (loader.micro_batch_size, loader.accumulation, loader.seed, loader.rank) == (2, 2, 3, 0)
+        assert (module.draws, module.max_steps, module.objective) == (loader.prepare, 5, made.objective)
+        assert (module.draws.seed, module.optim) == (3, made.optim)
+        if average is not None:
+            average.start()
+        with torch.no_grad():
+            for parameter in module.decoder.parameters():
+                parameter.add_(0.01)
+        if average is not None:
+            average.update()
+        step = SimpleNamespace(accumulate_grad_batches=1, global_step=trainer.max_steps)
+        monitor.on_train_batch_end(step, module, None, None, 0)
+        metrics.close()
+        return FitResult(True, {"train/loss": 2.0, "perf/samples_per_s": 7.0})
+
+    monkeypatch.setattr(decoder_stages, "fit", fit)
+    assert decoder_stages.GenerationDecoderStage(made).run()
+    moved = 0.009 if export == "average" else 0.01
+    exported = build_generation_decoder(FLUX, EMBED_DIM)
+    load_decoder(exported, made.artifact_dir / "generation_decoder.safetensors")
+    start = build_initial_decoder(made, EMBED_DIM).state_dict()
+    for name, tensor in exported.state_dict().items():
+        torch.testing.assert_close(tensor - start[name], torch.full_like(tensor, moved), rtol=0, atol=1e-6, msg=name)
+    details = verify(made.artifact_dir).details
+    heldout = {name: value for name, value in details["metrics"].items() if name.startswith("heldout/")}
+    assert heldout == latest(made.run_dir, "heldout/")
+    assert heldout["heldout/loss"] == pytest.approx(heldout_by_hand(exported, made), rel=1e-5)
+    assert {name: details["metrics"][name] for name in details["metrics"].keys() - heldout} == {"train/loss": 2.0}
+    assert details["steps"] == 5 and details["sampling"] == dataclasses.asdict(made.sampling)
+
+
 def test_half_written_checkpoints_are_not_resumed(tmp_path: Path) -> None:
     assert complete_checkpoints(tmp_path) == []
     for name in ("step_00000100", "step_00000020", "step_00000200.partial", "step_00000100.bak", "step_copy"):
@@ -311,6 +364,47 @@ def test_the_guard_averages_micro_batches_and_passes_a_sigterm_on(process_group:
         assert guard.loss == 1.5
         assert module.loss_sum == 0
         assert guard.stopping is stop
+
+
+def test_the_loss_of_a_step_is_the_mean_over_micro_batches_and_processes(
+    process_group: None, guard: StepGuard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other: Any = torch.tensor([8.0, 1.0])  # the sum of another process, which was told to stop
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda facts: facts.add_(other))
+    trainer: Any = SimpleNamespace(accumulate_grad_batches=2, world_size=2, global_step=0)
+    module = Summing()
+    module.loss_sum = torch.tensor(3.0)
+    guard.on_before_optimizer_step(trainer, module, None)
+    assert math.isnan(guard.loss)
+    guard.on_before_optimizer_step(trainer, module, None)
+    assert guard.loss == (3 + 8) / 4 and guard.stopping
+    other.fill_(math.inf)
+    with pytest.raises(UserError, match="the loss of step 1 is inf"):
+        for _ in range(2):
+            module.loss_sum = torch.tensor(3.0)
+            guard.on_before_optimizer_step(trainer, module, None)
+
+
+def test_the_average_follows_steps_and_not_micro_batches(process_group: None, tmp_path: Path) -> None:
+    """By hand: decays of 1/10 and 2/11; from the checkpoint's average, where there is one."""
+    module = torch.nn.Linear(1, 1, bias=False)
+    trainer: Any = SimpleNamespace(accumulate_grad_batches=2)
+    module.weight.data.fill_(1.0)
+    average = WeightAverage(module, 0.9, 0, 1)
+    averaging: Any = Averaging(average, None)
+    averaging.on_train_start(trainer, None)
+    for number, weight in enumerate((5.0, 2.0)):
+        module.weight.data.fill_(weight)
+        averaging.on_train_batch_end(trainer, None, None, None, number)
+    average.save(tmp_path)
+    assert float(average.gather()["weight"]) == pytest.approx(0.1 * 1 + 0.9 * 2)
+    resumed = WeightAverage(module, 0.9, 0, 1)
+    averaging = Averaging(resumed, tmp_path)
+    averaging.on_train_start(trainer, None)
+    for number, weight in enumerate((7.0, 4.0), start=2):
+        module.weight.data.fill_(weight)
+        averaging.on_train_batch_end(trainer, None, None, None, number)
+    assert float(resumed.gather()["weight"]) == pytest.approx(1.9 * 2 / 11 + 4 * 9 / 11)
 
 
 def test_bfloat16_at_stage_0_starts_without_a_step(

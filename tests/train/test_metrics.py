@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from nexus_gen.specs.errors import UserError
-from train.metrics import MetricsLogger, read_metrics
+from train.metrics import MetricsLogger, latest, read_metrics
 from train.schemas.common import LoggerConfig
 
 OFFLINE = LoggerConfig(tensorboard=False, wandb_mode="offline", wandb_project="shapes")
@@ -54,3 +54,24 @@ def test_without_an_account_the_remedy_is_named(run_dir: Path, monkeypatch: pyte
     with pytest.raises(UserError, match="wandb login"):
         MetricsLogger(run_dir, online, 0)
     MetricsLogger(run_dir, online, rank=1).close()
+
+
+def test_the_latest_value_of_each_name_that_begins_so(tmp_path: Path) -> None:
+    quiet = LoggerConfig(tensorboard=False, wandb_mode="disabled", wandb_project="")
+    logger, other = MetricsLogger(tmp_path, quiet, rank=0), MetricsLogger(tmp_path, quiet, rank=1)
+    before = time.time()
+    for step, values in (
+        (2, {"train/loss": 3.0}),
+        (2, {"heldout/loss": 5.0}),
+        (4, {"train/loss": 1.0, "train/lr": 2.0}),
+    ):
+        logger.log(step, values)
+        other.log(step, {"train/loss": 77.0})
+    logger.close()
+    other.close()
+    assert latest(tmp_path, "train/") == {"train/loss": 1.0, "train/lr": 2.0}
+    assert latest(tmp_path, "heldout/") == {"heldout/loss": 5.0}
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 6, "train/lo')  # cut short by a crash
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [2, 2, 4] and before <= rows[0]["time"] <= rows[2]["time"] <= time.time()

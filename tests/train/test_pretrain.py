@@ -21,6 +21,7 @@ from nexus_gen.autoregressive import NexusGenOutput
 from nexus_gen.specs.errors import UserError
 from train.message_stream import MessageStream, Quarantine
 from train.schemas.checkpoints import COMPLETE, checkpoint_step, complete_checkpoints
+from train.step_clock import StepClock
 from train.swift_callbacks import (
     StepCheckpoints,
     StepGuard,
@@ -129,7 +130,7 @@ def test_a_sigterm_ends_training_after_the_step_with_a_checkpoint(tmp_path: Path
     guard = StepGuard(accumulation=1, start_step=0, image_token_id=IMAGE)
     guard.listen()
     trainer: Any = SimpleNamespace(checkpoint_every_steps=0, keep_checkpoints=1)
-    checkpoints = StepCheckpoints(guard, tmp_path, trainer)
+    checkpoints = StepCheckpoints(guard, tmp_path, trainer, StepClock())
     state = TrainerState(global_step=3, max_steps=9)
     guard.on_loss(outputs(1.0, 1.0), inputs(4))
     control = TrainerControl()
@@ -147,14 +148,14 @@ def test_checkpoints_are_due_every_few_steps_and_after_the_last(step: int, saved
     trainer: Any = SimpleNamespace(checkpoint_every_steps=5, keep_checkpoints=1)
     control = TrainerControl()
     state = TrainerState(global_step=step, max_steps=12)
-    StepCheckpoints(StepGuard(1, 0, IMAGE), tmp_path, trainer).on_step_end(None, state, control)
+    StepCheckpoints(StepGuard(1, 0, IMAGE), tmp_path, trainer, StepClock()).on_step_end(None, state, control)
     assert control.should_save == saved and control.should_training_stop == (step == 12)
 
 
 def test_a_budget_of_tokens_ends_training_with_the_step_that_reaches_it(tmp_path: Path) -> None:
     guard = StepGuard(accumulation=2, start_step=0, image_token_id=IMAGE, token_budget=20)
     trainer: Any = SimpleNamespace(checkpoint_every_steps=0, keep_checkpoints=1)
-    checkpoints, control = StepCheckpoints(guard, tmp_path, trainer), TrainerControl()
+    checkpoints, control = StepCheckpoints(guard, tmp_path, trainer, StepClock()), TrainerControl()
     for step, (tokens, is_last) in enumerate([((9, 2), False), ((8, 1), True)], start=1):
         for num_tokens in tokens:
             guard.on_loss(outputs(1.0, 1.0), inputs(num_tokens))
@@ -165,11 +166,13 @@ def test_a_budget_of_tokens_ends_training_with_the_step_that_reaches_it(tmp_path
 
 def test_a_checkpoint_counts_when_all_ranks_are_done_and_older_ones_go_only_then(tmp_path: Path) -> None:
     trainer: Any = SimpleNamespace(checkpoint_every_steps=1, keep_checkpoints=2)
-    checkpoints = StepCheckpoints(StepGuard(1, 0, IMAGE), tmp_path, trainer)
+    checkpoints = StepCheckpoints(StepGuard(1, 0, IMAGE), tmp_path, trainer, StepClock())
     for step in (8, 9, 10):
         checkpoint_path(tmp_path, step).mkdir()
         assert step not in map(checkpoint_step, complete_checkpoints(tmp_path))
-        checkpoints.on_save(None, TrainerState(global_step=step, is_world_process_zero=True), TrainerControl())
+        state = TrainerState(global_step=step, max_steps=10, is_world_process_zero=True)
+        checkpoints.on_step_end(None, state, TrainerControl())
+        checkpoints.on_save(None, state, TrainerControl())
     assert [checkpoint_step(path) for path in complete_checkpoints(tmp_path)] == [9, 10]  # not in order of names
     assert not checkpoint_path(tmp_path, 8).exists()
 

@@ -25,6 +25,7 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, patches_per_side
 from nexus_gen.specs.images import open_image
 from train.message_stream import MessageStream, Quarantine
+from train.step_clock import StepClock
 from train.swift_callbacks import HeldoutLoss
 from train.swift_plugin import NAME, NexusGenTemplate
 
@@ -170,6 +171,7 @@ def test_generated_pictures_are_measured_on_what_the_loss_is_computed_on(
     assert all(batch["pixel_values"].dtype == torch.uint8 for batch in batches)
     config: Any = SimpleNamespace(every_steps=0, num_samples=4)
     measuring: dict[str, Any] = {"guard": None, "metrics": None, "config": config, "average": None, "generates": True}
+    measuring["clock"] = StepClock()
     model = template.model
     measured = HeldoutLoss(model=model, batches=batches, prepare=template.prepared, **measuring).measure()
     model.eval()
@@ -244,6 +246,21 @@ def test_no_broken_row_reaches_the_trainer(qwen: Path, tmp_path: Path) -> None:
         assert entry["kind"] == ("picture" if broken.found_by == "listing" else broken.kind), broken.name
 
 
+def image_mse(model: NexusGenForConditionalGeneration, qwen: Path, rows: Path) -> float:
+    """Over the target image tokens of all rows, one row after the other, as inference reads them."""
+    errors: list[float] = []
+    for line in rows.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        pictures = [open_image(rows.parent / name) for name in row["images"]]
+        inputs = encode(load_processor(qwen), row["messages"], pictures, MAX_PIXELS)
+        if bool((inputs["labels"] != IGNORE_INDEX).any()):
+            texts = {name: inputs[name][None] for name in ("input_ids", "labels")}
+            with torch.no_grad():
+                made = model(**texts, pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])
+            errors += (made.predicted_embeds - made.target_embeds).square().mean(dim=1).tolist()
+    return sum(errors) / len(errors)
+
+
 @pytest.mark.slow
 def test_two_steps_of_training_make_a_checkpoint(qwen: Path, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows", copies=2)
@@ -256,6 +273,8 @@ def test_two_steps_of_training_make_a_checkpoint(qwen: Path, tmp_path: Path) -> 
             *("data.max_length=1000", f"data.max_pixels={MAX_PIXELS}", "launch.device=cpu"),
             *("trainer.max_steps=2", "trainer.micro_batch_size=2", "trainer.global_batch_size=4"),
             *("trainer.log_every_steps=1", "trainer.num_workers=1", "optim.warmup_steps=0"),
+            *("objective.text_loss_weight=2", "objective.image_loss_weight=5", "objective.cosine_fraction=0.2"),
+            *("average.decay=0.9", "average.export=raw"),
         ],
         cwd=REPOSITORY,
         env={**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1"},
@@ -271,13 +290,16 @@ def test_two_steps_of_training_make_a_checkpoint(qwen: Path, tmp_path: Path) -> 
     heldout = [row for row in lines if "heldout/text_loss" in row]
     assert [row["step"] for row in heldout] == [2]
     assert 0 <= heldout[0]["heldout/accuracy/understanding"] <= 1 and heldout[0]["heldout/image_loss/editing"] > 0
-    parts = [heldout[0][f"heldout/image_{part}"] for part in ("mse", "cosine_distance")]
-    assert heldout[0]["heldout/image_loss"] == pytest.approx(sum(parts) / 2, rel=1e-5)
+    mse, cosine_distance = (heldout[0][f"heldout/image_{part}"] for part in ("mse", "cosine_distance"))
+    assert heldout[0]["heldout/image_loss"] == pytest.approx(0.8 * mse + 0.2 * cosine_distance, rel=1e-5)
     for row in metrics:
-        assert row["train/loss"] == pytest.approx(3 * row["train/text_loss"] + 3 * row["train/image_loss"], rel=1e-5)
-        assert row["train/lr"] > 0 and row["train/grad_norm"] > 0 and row["perf/samples_per_s"] > 0
+        assert row["train/loss"] == pytest.approx(2 * row["train/text_loss"] + 5 * row["train/image_loss"], rel=1e-5)
+        assert row["train/grad_norm"] > 0 and row["perf/samples_per_s"] > 0
+    assert [row["train/lr"] for row in metrics] == pytest.approx([1e-3, 5e-4])  # half a cosine of two steps
 
-    trained = load_autoregressive(run_dir / "artifact", dtype=torch.float32).state_dict()
+    model = load_autoregressive(run_dir / "artifact", dtype=torch.float32).eval()
+    assert heldout[0]["heldout/image_mse"] == pytest.approx(image_mse(model, qwen, path), rel=1e-4)  # the raw weights'
+    trained = model.state_dict()
     before = load_file(qwen / "model.safetensors")
     frozen = [name for name in before if name.startswith("visual.")]
     assert frozen and all(torch.equal(trained[f"model.{name}"], before[name]) for name in frozen)
