@@ -265,7 +265,7 @@ class NexusGen:
     def imagine_edits(
         self,
         contents: list[str],
-        replies: list[str],
+        replies: Sequence[str | None],
         images: Sequence[Sequence[Picture]],
         systems: Sequence[str] = (),
         **shape: Any,

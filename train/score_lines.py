@@ -13,7 +13,7 @@ def table(scores: Scores) -> str:
 
     Chance has a column where any score has it.
     """
-    lines = [("score", "value", "95% interval", "chance", "rows")]
+    lines: list[tuple[str, ...]] = [("score", "value", "95% interval", "chance", "rows")]
     for name, score in scores.items():
         if not is_detail(name):
             lines.append((name, *in_unit(name, score), chance_of(name, score), str(score["count"])))
