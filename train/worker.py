@@ -26,6 +26,7 @@ from train.schemas.run_directory import load_config
 STAGES = {
     "shapes": "train.sources:ShapesStage",
     "standins": "train.standins:StandinsStage",
+    "schedule": "train.schedule_stage:ScheduleStage",
     "pretrain": "train.pretrain:PretrainStage",
     "embed_generation": "train.embed:EmbedGenerationStage",
     "generation_decoder": "train.decoder_stages:GenerationDecoderStage",

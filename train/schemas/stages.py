@@ -60,6 +60,7 @@ from train.schemas.rehearsal import check_rehearsal, require_rehearsal_rows
 
 log = logging.getLogger(__name__)
 
+SCHEDULE_FILE = "schedule.json"  # of the artifact of stage=schedule
 PICTURES = "pictures_{split}.jsonl"  # the pictures that the rows of a split name
 
 
@@ -178,6 +179,84 @@ class ShapesStageConfig(StageConfig):
     def check(self) -> None:
         super().check()
         self.shapes.check()
+
+
+@dataclass
+class ScheduleTrainerConfig:
+    """What of the training stages' trainer decides how long a step takes, as in TrainerConfig."""
+
+    precision: str
+    micro_batch_size: int
+    global_batch_size: int
+
+
+@dataclass
+class ScheduleConfig:
+    """generation_decoder, editing_decoder: what these begin with; empty where they begin at random. num_pictures: how
+    many of the training rows' pictures are looked at."""
+
+    generation_decoder: PathStr
+    editing_decoder: PathStr
+    num_pictures: int
+
+
+@dataclass
+class ScheduleModelConfig(ModelConfig, TargetConfig):
+    """What training begins with, and in which geometry."""
+
+
+@dataclass
+class ScheduleDataConfig(RowsConfig):
+    """max_pixels, max_bad_fraction: as in MessagesConfig."""
+
+    max_pixels: int
+    max_bad_fraction: Annotated[float, RUNTIME]
+
+
+@dataclass
+class ScheduleStageConfig(StageConfig):
+    """budget_minutes: what the whole pipeline may take on this machine, scores included. Training gets less where its
+    rows ask for less."""
+
+    budget_minutes: float
+    model: ScheduleModelConfig
+    data: ScheduleDataConfig
+    trainer: ScheduleTrainerConfig
+    schedule: ScheduleConfig
+
+    kind: ClassVar[str] = "schedule"
+
+    def check(self) -> None:
+        super().check()
+        self.model.check()
+        if self.budget_minutes <= 0:
+            raise UserError(f"budget_minutes is {self.budget_minutes:g}; it must be above 0, as in budget_minutes=10")
+        positive("trainer", self.trainer, "micro_batch_size", "global_batch_size")
+        positive("schedule", self.schedule, "num_pictures")
+
+    def inputs(self) -> dict[str, Path]:
+        decoders = {
+            f"schedule.{kind}": Path(getattr(self.schedule, kind))
+            for kind in ("generation_decoder", "editing_decoder")
+            if getattr(self.schedule, kind)
+        }
+        models = {"model.qwen": Path(self.model.qwen), "model.flux": Path(self.model.flux)}
+        return {**models, **decoders, **self.rows()}
+
+    def preflight(self) -> None:
+        super().preflight()
+        require_checkpoint("model.qwen", self.model.qwen)
+        self.preflight_rows()
+        require_whole(Path(self.model.qwen))
+
+    def preflight_rows(self) -> None:
+        checked_quarantine(self, self.data)
+        self.task_rows()
+
+    def task_rows(self) -> dict[str, int]:
+        """Training rows of each task."""
+        data = self.data
+        return check_dataset(data.train, data.max_bad_fraction, data.left_out(), data.picture_root)
 
 
 @dataclass
@@ -730,6 +809,7 @@ def require_whole(checkpoint: Path) -> None:
 SCHEMAS: dict[str, type[StageConfig]] = {
     "shapes": ShapesStageConfig,
     "standins": StandinsStageConfig,
+    "schedule": ScheduleStageConfig,
     "pretrain": PretrainConfig,
     "embed_generation": EmbedGenerationConfig,
     "generation_decoder": GenerationDecoderConfig,
