@@ -7,11 +7,14 @@ nexus-gen run pipeline=tiny from=embed_generation
 import argparse
 import contextlib
 import json
+import os
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -19,11 +22,14 @@ from omegaconf import OmegaConf
 from launch.compose import compose_stage, refuse_misspelt_stage
 from launch.gpus import require_gpus
 from launch.lock import locked
-from launch.longer import forget_fulfilled, is_more, read_more, record_request, recorded_stage
+from launch.longer import directory_of, forget_fulfilled, is_more, read_more, record_request, recorded_stage
 from launch.overrides import CONFIGS, Override, choice, choices, unquoted
 from launch.processes import Crew, slurm_script, worker_command, worker_environment
+from launch.python_path import python_variables
+from launch.scheduled import idle_stages, recorded_schedule, schedule_of, with_schedule
 from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.errors import UserError, nearest
+from train.schemas.common import LaunchConfig
 from train.schemas.failures import STOPPED
 from train.schemas.fields import as_yaml, keys
 from train.schemas.run_directory import (
@@ -39,7 +45,7 @@ from train.schemas.run_directory import (
     require_artifact,
     steps_done,
 )
-from train.schemas.stages import SCHEMAS, StageConfig, preflight_pipeline
+from train.schemas.stages import SCHEMAS, ScheduleStageConfig, StageConfig, preflight_pipeline
 
 GROUPS_OF_ALL = ("model", "data", "launch", "logger", "experiment")
 
@@ -64,6 +70,8 @@ def parser() -> Parser:
         "that it has recorded: nexus-gen run pipeline=finetune name=mine more=2x. STAGE.more=2x is for one of them.\n"
         "A larger trainer.max_steps, data.num_epochs or data.token_budget trains on, too. The learning rate\n"
         "then follows the longer schedule.\n\n"
+        "pipeline=finetune and pipeline=tiny_messages set steps and learning rates by your rows and pictures, within\n"
+        "budget_minutes=10 on this machine; keys that you give stay as you give them.\n\n"
         "Exit status: 0 done, 1 failed, 2 a mistake told in one sentence, 3 stopped by a signal after saving.",
     )
     result.add_argument("overrides", nargs="*", metavar="key=value", help="stage=..., pipeline=..., and values")
@@ -96,7 +104,15 @@ def main(argv: list[str]) -> int:
     if "stage" in chosen:
         configs = [compose([Override.parse(f"stage={stages[0]}"), *rest])]
     else:
-        configs = compose_pipeline(chosen["pipeline"], rest, compose)
+        idle, absence = idle_stages(stages, recorded_schedule(directory_of(rest)) if more else None)
+        configs = compose_pipeline(chosen["pipeline"], rest, compose, idle)
+        if not more:
+            idle, absence = idle_stages(stages, schedule_of(configs))
+        configs = [config for config in configs if config.stage not in idle]
+        if absence:
+            print(absence, flush=True)
+    replan = partial(with_schedule, given=rest) if not more else list
+    configs = replan(configs)
     if arguments.cfg:
         print("---\n".join(as_yaml(config) for config in configs), end="")
         return 0
@@ -113,13 +129,24 @@ def main(argv: list[str]) -> int:
     if goes_on:
         print(f"from={wanted} was interrupted before: it goes on; resume=false starts it over", flush=True)
     record_request(configs, factors)
-    status = run_stages(configs[names.index(wanted) if wanted else 0 :], None if goes_on else wanted, factors)
+    begun = configs[names.index(wanted) if wanted else 0 :]
+    status = run_stages(begun, None if goes_on else wanted, factors, replan)
     if status:
         return status
     forget_fulfilled(run)
     if "pipeline" in chosen:
         forget_request(run)
+        return evaluate(run, read_plan(chosen["pipeline"]).get("evaluate", []), configs[0].launch)
     return 0
+
+
+def evaluate(run: Path, options: list[str], launch: LaunchConfig) -> int:
+    """Score a run that is trained, as a pipeline's file asks; nothing where it does not, or other machines trained."""
+    if not options or launch.kind != "local":
+        return 0
+    device = [] if launch.device == "auto" else ["--device", launch.device]
+    command = [sys.executable, "-m", "launch.cli", "evaluate", str(run), *options, *device]
+    return subprocess.run(command, env={**os.environ, **python_variables()}, check=False).returncode
 
 
 def read_plan(pipeline: str) -> dict[str, Any]:
@@ -129,10 +156,17 @@ def read_plan(pipeline: str) -> dict[str, Any]:
 
 
 def compose_pipeline(
-    pipeline: str, given: list[Override], compose: Callable[[list[Override]], StageConfig] = compose_stage
+    pipeline: str,
+    given: list[Override],
+    compose: Callable[[list[Override]], StageConfig] = compose_stage,
+    left_out: Collection[str] = (),
 ) -> list[StageConfig]:
-    """One config per stage: each override goes to the stages that read it, and must reach at least one."""
+    """One config per stage: each override goes to the stages that read it, and must reach at least one.
+
+    left_out: stages of the pipeline that are not run.
+    """
     plan = read_plan(pipeline)
+    plan["stages"] = [stage for stage in plan["stages"] if stage not in left_out]
     overrides = [*map(Override.of_config, plan["overrides"]), *given]
     return compose_plan(plan, overrides, f"pipeline={unquoted(pipeline)}", compose)
 
@@ -172,8 +206,11 @@ def describe(config: StageConfig) -> str:
         f"stage {config.stage} -> {config.run_dir}",
         f"  processes: {launch.num_nodes} x {launch.processes_per_node} = {launch.world_size}",
     ]
-    trainer = getattr(config, "trainer", None)
-    if trainer is not None:
+    if isinstance(config, ScheduleStageConfig):
+        budget = f"{config.budget_minutes:g} minutes in all"
+        lines.append(f"  sets steps and learning rates of the stages behind it: {budget}")
+    if config.trains:
+        trainer: Any = getattr(config, "trainer", None)
         accumulation = trainer.accumulation(launch.world_size)
         data: Any = getattr(config, "data", None)
         length = f"{trainer.max_steps} steps"
@@ -197,17 +234,26 @@ def describe(config: StageConfig) -> str:
     return "\n".join(lines)
 
 
-def run_stages(configs: Sequence[StageConfig], again: str | None = None, more: Collection[str] = ()) -> int:
+def run_stages(
+    configs: Sequence[StageConfig],
+    again: str | None = None,
+    more: Collection[str] = (),
+    replan: Callable[[Sequence[StageConfig]], Sequence[StageConfig]] = list,
+) -> int:
     """Run stages in order until one does not end well; its exit status.
 
-    again: a stage to run where nothing changed. more: stages that are asked to train on.
+    again: a stage to run where nothing changed. more: stages that are asked to train on. replan: the same configs with
+    what stage=schedule has decided, once it has.
     """
     require_gpus([config.launch for config in configs])
     preflight_pipeline(configs)
     with Crew(configs) as crew:
-        for config in configs:
+        for number in range(len(configs)):
+            config = configs[number]
             if status := run_stage(config, crew, config.stage == again, config.stage in more):
                 return status
+            if isinstance(config, ScheduleStageConfig):
+                configs = replan(configs)
     return 0
 
 

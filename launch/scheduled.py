@@ -1,12 +1,16 @@
-"""What stage=schedule decided for the other stages of a pipeline, as overrides of their configs."""
+"""What stage=schedule decided for the other stages of a pipeline, put into their configs."""
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from launch.longer import with_overrides
 from launch.overrides import Override
-from train.schemas.run_directory import identity, made_by
-from train.schemas.stages import SCHEDULE_FILE, DecoderConfig, EmbedStageConfig, ScheduleStageConfig, StageConfig
+from train.schemas.run_directory import identity, load_config, made_by
+from train.schemas.stages import SCHEDULE_FILE, SCHEMAS, EmbedStageConfig, ScheduleStageConfig, StageConfig
+
+SCHEDULE = "schedule"  # the stage
 
 
 def schedule_of(configs: Sequence[StageConfig]) -> ScheduleStageConfig | None:
@@ -14,41 +18,42 @@ def schedule_of(configs: Sequence[StageConfig]) -> ScheduleStageConfig | None:
     return next((config for config in configs if isinstance(config, ScheduleStageConfig)), None)
 
 
-def scheduled(config: ScheduleStageConfig, given: Sequence[Override]) -> dict[str, list[Override]]:
-    """Stage -> what was decided for it, without the keys that the command line gives.
+def with_schedule(configs: Sequence[StageConfig], given: Sequence[Override]) -> list[StageConfig]:
+    """The configs with what was decided for them, where it was decided for this config and these inputs.
 
-    Nothing where the stage has not run, or not with this config and these inputs.
+    given: the overrides of the command line; what they say stays.
     """
-    path = config.artifact_dir / SCHEDULE_FILE
-    if not path.is_file() or not made_by(config, identity(config)):
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return {
-        stage: [
-            Override.parse(f"{stage}.{key}={value}")
-            for key, value in values.items()
-            if not any(override.key == key and override.stage in ("", stage) for override in given)
-        ]
-        for stage, values in content["values"].items()
-    }
-
-
-def without_idle_stages(configs: Sequence[StageConfig]) -> tuple[list[StageConfig], list[str]]:
-    """The stages of a scheduled pipeline that the training rows feed, and sentences about the others."""
     schedule = schedule_of(configs)
+    if schedule is None or not (schedule.artifact_dir / SCHEDULE_FILE).is_file():
+        return list(configs)
+    if not all(where.exists() for where in schedule.inputs().values()) or not made_by(schedule, identity(schedule)):
+        return list(configs)
+    content: dict[str, Any] = json.loads((schedule.artifact_dir / SCHEDULE_FILE).read_text(encoding="utf-8"))
+    return [with_overrides(config, decided(config.stage, content["values"], given)) for config in configs]
+
+
+def decided(stage: str, values: dict[str, dict[str, Any]], given: Sequence[Override]) -> list[Override]:
+    """values: stage -> key -> value. Without what the command line gives for that stage, or for all."""
+    explicit = {override.key for override in given if override.stage in ("", stage)}
+    return [
+        Override.parse(f"{stage}.{key}={value}") for key, value in values.get(stage, {}).items() if key not in explicit
+    ]
+
+
+def idle_stages(stages: Sequence[str], schedule: ScheduleStageConfig | None) -> tuple[list[str], str]:
+    """The stages of a scheduled pipeline that its training rows do not feed, and a sentence that says so."""
     if schedule is None:
-        return list(configs), []
+        return [], ""
     tasks = schedule.task_rows()
-    idle = [config for config in configs if isinstance(config, EmbedStageConfig) and config.task not in tasks]
-    unfed = {config.artifact_dir for config in idle}
-    kept: list[StageConfig] = []
-    left_out: list[StageConfig] = []
-    for config in configs:
-        feeds = config.artifact_dir in unfed or (
-            isinstance(config, DecoderConfig) and any(str(directory) == config.shards for directory in unfed)
-        )
-        (left_out if feeds else kept).append(config)
-    sentences = [
-        f"{config.stage}: left out, for {schedule.data.train} holds no {config.task} rows" for config in idle
-    ] + [f"{config.stage}: left out with it" for config in left_out if config not in idle]
-    return kept, sentences
+    schemas = [(stage, SCHEMAS[stage]) for stage in stages]
+    absent = {stage: of.task for stage, of in schemas if issubclass(of, EmbedStageConfig) and of.task not in tasks}
+    idle = [*absent, *(f"{task}_decoder" for task in absent.values())]
+    absence = f"{schedule.data.train} holds no {' and no '.join(absent.values())} rows: left out are {', '.join(idle)}"
+    return [stage for stage in stages if stage in idle], absence if idle else ""
+
+
+def recorded_schedule(run: Path) -> ScheduleStageConfig | None:
+    """The config of stage=schedule that a run has recorded."""
+    config = load_config(run / SCHEDULE) if (run / SCHEDULE / "config.yaml").is_file() else None
+    assert config is None or isinstance(config, ScheduleStageConfig)
+    return config
