@@ -28,9 +28,9 @@ from nexus_gen.specs.models import ModelPaths, memory_of
 from nexus_gen.specs.prompts import IMAGE_TAG
 from nexus_gen.specs.results import check_result
 from train.benchmarks import batches
-from train.evaluation_page import table
 from train.letter_reader import parse_letter
 from train.measures import Score, mean_of, proportion
+from train.score_lines import table
 
 PLACE = re.compile(r"<image (\d+)>")
 REQUEST = "Answer with the letter of the right option only."
