@@ -122,7 +122,8 @@ class EvaluatedRows:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.path = rows_file(arguments)
-        own: Any = load_config(arguments.run / "pretrain").data if arguments.rows is None else None  # type: ignore[attr-defined]
+        config: Any = load_config(arguments.run / "pretrain") if arguments.rows is None else None
+        own = config.data if config is not None else None
         root = Path(own.picture_root) if own is not None and own.picture_root else None
         left_out = own.left_out("heldout") if own is not None and arguments.split == "heldout" else NOTHING
         every = read_tasks(self.path, None, root, left_out)

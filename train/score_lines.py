@@ -17,7 +17,7 @@ def table(scores: Scores) -> str:
     for name, score in scores.items():
         if not is_detail(name):
             lines.append((name, *in_unit(name, score), chance_of(name, score), str(score["count"])))
-    if not any(chance for *_, chance, _ in lines[1:]):
+    if not any(line[3] for line in lines[1:]):
         lines = [(*line[:3], line[4]) for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in lines)

@@ -34,11 +34,13 @@ def test_a_name_that_no_other_picture_has_is_not_read() -> None:
 
 
 def test_its_own_picture_does_not_teach_it() -> None:
-    # A cat that looks like a dog: a reader that had been taught it would call its like a cat more readily.
-    features = np.array([*FEATURES[:5], [-5.0, 0.15]])
+    # A cat that looks like a dog, but for a mark that no other has: who was taught it knows it by the mark.
+    features = np.array([[*one, 0.0] for one in FEATURES[:5]] + [[-5.0, 0.15, 9.0]])
     names = [*NAMES[:5], frozenset(["cat"])]
     read = ClassReader(KEYS, features, names).read(features[5], "x", features[5])
     assert read is not None and (read.name, read.right, read.true_right) == ("dog", False, False)
+    taught = ClassReader(KEYS, features, names).read(features[5], "c1", features[5])
+    assert taught is not None and taught.name == "cat"
 
 
 def test_a_picture_of_two_names_is_right_by_either_and_one_of_none_is_left_out() -> None:

@@ -34,7 +34,9 @@ def test_rows_of_more_pictures_than_are_shown_are_passed_over() -> None:
 def test_the_scores_of_a_runs_own_weights_are_on_its_page(tmp_path: Path) -> None:
     current, stale = evaluations(SHIPPED_RUN)
     assert ([one.split for one in current], stale) == (["compositional", "heldout"], [])
-    current[1].scores |= {"generation/class_top1": {"value": 0.5, "low": 0.4, "high": 0.6, "count": 9, "chance": 0.125}}
+    current[1].scores.update(
+        {"generation/class_top1": {"value": 0.5, "low": 0.4, "high": 0.6, "count": 9, "chance": 0.125}}
+    )
     render(SHIPPED_RUN, Samples([], [], []), False, current, [], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert text.index("Scores, compositional rows") < text.index("Scores, heldout rows") < text.index("12.5%")
