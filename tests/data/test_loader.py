@@ -77,6 +77,9 @@ def test_accumulation_cuts_the_same_global_batch(artifact: Path) -> None:
     whole = values(loader(artifact, micro_batch_size=6), 4)
     cut = values(loader(artifact, micro_batch_size=2, accumulation=3), 12)
     assert [list(chain(*cut[3 * step : 3 * step + 3])) for step in range(4)] == whole
+    ranks = [values(loader(artifact, micro_batch_size=1, accumulation=3, rank=r, world_size=2), 12) for r in (0, 1)]
+    both = [one + other for one, other in zip(*ranks, strict=True)]  # of two processes, micro-batch after micro-batch
+    assert [list(chain(*both[3 * step : 3 * step + 3])) for step in range(4)] == whole
 
 
 @pytest.mark.parametrize("workers", [0, 2])

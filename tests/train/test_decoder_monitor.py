@@ -101,13 +101,14 @@ def monitor(
     average: WeightAverage | None = None,
     num_pictures: int = 0,
     clock: StepClock | None = None,
+    micro: int = 2,
 ) -> tuple[DecoderMonitor, Recorder]:
     config: Any = SimpleNamespace(
         shards=str(shards),
         run_dir=shards,
         heldout=SimpleNamespace(every_steps=2, num_samples=num_samples),
         samples=SimpleNamespace(every_steps=3, num_pictures=num_pictures),
-        trainer=SimpleNamespace(max_steps=7, micro_batch_size=2),
+        trainer=SimpleNamespace(max_steps=7, micro_batch_size=micro),
         sampling=SimpleNamespace(num_inference_steps=2, embedded_guidance=2.5, cfg_scale=3.0),
     )
     recorder: Any = Recorder()
@@ -169,18 +170,29 @@ def test_the_loss_of_predicted_embeddings_stands_beside_that_of_true_ones(tmp_pa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("num_samples", "world_size"), [(3, 3), (4, 3), (4, 2), (1, 2)])
-def test_a_process_without_samples_of_its_own_keeps_pace_and_counts_nothing(
-    tmp_path: Path, num_samples: int, world_size: int
+@pytest.mark.parametrize(
+    ("num_samples", "world_size", "micro"), [(3, 3, 2), (4, 3, 2), (4, 2, 1), (1, 2, 2), (3, 2, 1)]
+)
+def test_processes_share_the_samples_and_an_idle_one_keeps_pace_and_counts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_samples: int, world_size: int, micro: int
 ) -> None:
-    """What each process would add to the sum, alone; with two samples a pass, three processes have one to spare."""
-    shards, total, passes = write_shards(tmp_path, predicted=False), 0.0, set()
+    """Rank after rank in one process: each leaves its sums to the last one's reduction."""
+    shards, passes = write_shards(tmp_path, predicted=False), set()
+    left: list[Tensor] = []
+
+    def all_reduce(sums: Tensor) -> None:
+        left.append(sums.clone())
+        sums.copy_(torch.stack(left).sum(0))
+
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+    found = {}
     for rank in range(world_size):
-        made, _ = monitor(shards, num_samples, rank, world_size)
+        made, _ = monitor(shards, num_samples, rank, world_size, micro=micro)
         module = Module().eval()
-        total += made.heldout_loss(module)["heldout/loss"]
+        found = made.heldout_loss(module)
         passes.add(module.passes)
-    assert total == pytest.approx(sum(losses_by_hand(num_samples, embeds="target_embeds only")) / 8, rel=1e-5)
+    expected = sum(losses_by_hand(num_samples, embeds="target_embeds only")) / 8
+    assert found["heldout/loss"] == pytest.approx(expected, rel=1e-5)
     assert len(passes) == 1
 
 

@@ -293,6 +293,11 @@ def test_the_time_left_of_a_budget_of_tokens_is_that_of_as_many_steps(tmp_path: 
     assert run.step(4, 60, {"train/loss": 1.0}, sums((1, 1)))
     assert run.metrics.rows[3]["perf/eta_s"] == 0.0
     assert run.metrics.rows[3]["perf/tokens_per_s"] == 15
+    by_two = Swift(tmp_path / "by two", token_budget=100, checkpoint_every_steps=0)
+    by_two.state.max_steps = 1000
+    for seconds in (3, 5):
+        by_two.step(seconds, 15, {"train/loss": 1.0}, sums((1, 1)))
+    assert by_two.metrics.rows[2]["perf/eta_s"] == 5 * 4 + 3 * 10  # 70 tokens, 15 a step; measured at 4, 6 and the end
 
 
 def test_what_belongs_to_an_interval_of_pretraining_outlives_a_resumption(tmp_path: Path) -> None:
