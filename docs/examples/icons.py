@@ -1,4 +1,4 @@
-"""A small dataset of your own, made on the spot: the toolbar icons that matplotlib ships, in five colours on five grounds.
+"""A small dataset of your own, made on the spot: toolbar icons that matplotlib ships, in five colours on five grounds.
 
 Questions about them, requests to draw them, and edits of their ground, in English and Chinese.
 Run: python docs/examples/icons.py icons
