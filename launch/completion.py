@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from launch.cli import COMMANDS
+from launch.longer import MORE, TRAINING
 from launch.overrides import CONFIGS, GROUPS, choices
 from train.schemas.common import PATH
 from train.schemas.fields import keys, walk
@@ -37,13 +38,16 @@ def candidates(line: str) -> list[str]:
         found = [f"{key}={name} " for name in choices(group)]
     elif equals and key == "from":
         found = [f"from={stage} " for stage in stages]
+    elif equals and key.rpartition(".")[2] == MORE:
+        found = [f"{key}=2x "]
     elif equals:
         is_path = any((group, True) == (name, PATH in marks) for s in SCHEMAS.values() for name, marks in walk(s))
         found = [f"{key}={path}" for path in paths(value)] if is_path else []
     else:
         keys_of = {f"{name}=" for stage in stages for name in keys(stage)}
-        own = {f"{stage}.{name}=" for stage in stages for name in keys(stage) if word.startswith(f"{stage}.")}
-        found = sorted({f"{name}=" for name in (*GROUPS, "pipeline", "from")} | keys_of | own)
+        of_stage = {stage: {*keys(stage), *([MORE] if stage in TRAINING else [])} for stage in stages}
+        own = {f"{stage}.{name}=" for stage in stages for name in of_stage[stage] if word.startswith(f"{stage}.")}
+        found = sorted({f"{name}=" for name in (*GROUPS, "pipeline", "from", MORE)} | keys_of | own)
     return [escape(choice) for choice in found if choice.startswith(word)]
 
 

@@ -10,7 +10,8 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -18,6 +19,7 @@ from omegaconf import OmegaConf
 from launch.compose import compose_stage, refuse_misspelt_stage
 from launch.gpus import require_gpus
 from launch.lock import locked
+from launch.longer import forget_fulfilled, is_more, read_more, record_request, recorded_stage
 from launch.overrides import CONFIGS, Override, choice, choices, unquoted
 from launch.processes import Crew, slurm_script, worker_command, worker_environment
 from nexus_gen.specs.arguments import Parser
@@ -26,6 +28,7 @@ from train.schemas.failures import STOPPED
 from train.schemas.fields import as_yaml, keys
 from train.schemas.run_directory import (
     TIMING,
+    beginning,
     created_at,
     forget_request,
     identity,
@@ -34,6 +37,7 @@ from train.schemas.run_directory import (
     read_request,
     request_another,
     require_artifact,
+    steps_done,
 )
 from train.schemas.stages import SCHEMAS, StageConfig, preflight_pipeline
 
@@ -56,6 +60,10 @@ def parser() -> Parser:
         "A stage whose config and inputs are those of its artifact is skipped. from=STAGE makes that stage's artifact\n"
         "again and goes on with the stages behind it. After an interruption the same command goes on where it was,\n"
         "with from=... and without it; resume=false starts over.\n\n"
+        "more=2x trains a run's stages twice as long as it has recorded, on from where they are and with the configs\n"
+        "that it has recorded: nexus-gen run pipeline=finetune name=mine more=2x. STAGE.more=2x is for one of them.\n"
+        "A larger trainer.max_steps, data.num_epochs or data.token_budget trains on, too. The learning rate\n"
+        "then follows the longer schedule.\n\n"
         "Exit status: 0 done, 1 failed, 2 a mistake told in one sentence, 3 stopped by a signal after saving.",
     )
     result.add_argument("overrides", nargs="*", metavar="key=value", help="stage=..., pipeline=..., and values")
@@ -67,21 +75,28 @@ def parser() -> Parser:
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv[1:])
     chosen: dict[str, str] = {}
-    rest = []
+    rest, more = [], []
     for text in arguments.overrides:
         key, equals, value = text.partition("=")
         if equals and key in ("stage", "pipeline", "from"):
             chosen[key] = unquoted(value)
+        elif is_more(text):
+            more.append(text)
         else:
             rest.append(Override.parse(text))
     if ("stage" in chosen) == ("pipeline" in chosen):
         raise UserError(f"give one of stage=... and pipeline=...; stages: {', '.join(SCHEMAS)}")
+    stages = [choice("stage", chosen["stage"])] if "stage" in chosen else read_plan(chosen["pipeline"])["stages"]
+    if "from" in chosen and "stage" in chosen:
+        raise UserError("from=... goes with pipeline=...; stage=... runs one stage")
+    if "from" in chosen and more:
+        raise UserError("from=... makes an artifact again, and more=... trains on from it; give one of them")
+    factors = read_more(more, stages)
+    compose = partial(recorded_stage, given=rest, factors=factors) if more else compose_stage
     if "stage" in chosen:
-        if "from" in chosen:
-            raise UserError("from=... goes with pipeline=...; stage=... runs one stage")
-        configs = [compose_stage([Override.parse(f"stage={chosen['stage']}"), *rest])]
+        configs = [compose([Override.parse(f"stage={stages[0]}"), *rest])]
     else:
-        configs = compose_pipeline(chosen["pipeline"], rest)
+        configs = compose_pipeline(chosen["pipeline"], rest, compose)
     if arguments.cfg:
         print("---\n".join(as_yaml(config) for config in configs), end="")
         return 0
@@ -97,23 +112,37 @@ def main(argv: list[str]) -> int:
     goes_on = wanted is not None and read_request(run).get("stage") == wanted and configs[0].resume
     if goes_on:
         print(f"from={wanted} was interrupted before: it goes on; resume=false starts it over", flush=True)
-    status = run_stages(configs[names.index(wanted) if wanted else 0 :], None if goes_on else wanted)
+    record_request(configs, factors)
+    status = run_stages(configs[names.index(wanted) if wanted else 0 :], None if goes_on else wanted, factors)
     if status:
         return status
+    forget_fulfilled(run)
     if "pipeline" in chosen:
         forget_request(run)
     return 0
 
 
-def compose_pipeline(pipeline: str, given: list[Override]) -> list[StageConfig]:
+def read_plan(pipeline: str) -> dict[str, Any]:
+    """The file of a pipeline: stages, experiments, overrides."""
+    plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "pipeline" / f"{choice('pipeline', pipeline)}.yaml"))
+    return plan
+
+
+def compose_pipeline(
+    pipeline: str, given: list[Override], compose: Callable[[list[Override]], StageConfig] = compose_stage
+) -> list[StageConfig]:
     """One config per stage: each override goes to the stages that read it, and must reach at least one."""
-    pipeline = choice("pipeline", pipeline)
-    plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "pipeline" / f"{pipeline}.yaml"))
+    plan = read_plan(pipeline)
     overrides = [*map(Override.of_config, plan["overrides"]), *given]
-    return compose_plan(plan, overrides, f"pipeline={pipeline}")
+    return compose_plan(plan, overrides, f"pipeline={unquoted(pipeline)}", compose)
 
 
-def compose_plan(plan: dict[str, Any], overrides: list[Override], what: str) -> list[StageConfig]:
+def compose_plan(
+    plan: dict[str, Any],
+    overrides: list[Override],
+    what: str,
+    compose: Callable[[list[Override]], StageConfig] = compose_stage,
+) -> list[StageConfig]:
     """One config for each of plan["stages"], by its file of plan["experiments"]; `what` names the plan in errors."""
     stages: list[str] = plan["stages"]
     reached = {override: False for override in overrides}
@@ -127,7 +156,7 @@ def compose_plan(plan: dict[str, Any], overrides: list[Override], what: str) -> 
             if override.stage == stage or (not override.stage and is_read):
                 own.append(override)
                 reached[override] = True
-        configs.append(compose_stage(own))
+        configs.append(compose(own))
     for override, has_effect in reached.items():
         if not has_effect:
             refuse_misspelt_stage(override, stages)
@@ -150,6 +179,8 @@ def describe(config: StageConfig) -> str:
         length = f"{trainer.max_steps} steps"
         if not trainer.max_steps:
             length = f"{data.token_budget} tokens" if data.token_budget else f"{data.num_epochs:g} epochs"
+        if done := steps_done(config):
+            length += f", of which the first {done} steps are done"
         lines += [
             f"  batch: {trainer.global_batch_size} = {trainer.micro_batch_size} per process"
             f" x {launch.world_size} processes x {accumulation} accumulated",
@@ -166,19 +197,22 @@ def describe(config: StageConfig) -> str:
     return "\n".join(lines)
 
 
-def run_stages(configs: Sequence[StageConfig], again: str | None = None) -> int:
-    """Run stages in order until one does not end well; its exit status. again: a stage to run where nothing changed."""
+def run_stages(configs: Sequence[StageConfig], again: str | None = None, more: Collection[str] = ()) -> int:
+    """Run stages in order until one does not end well; its exit status.
+
+    again: a stage to run where nothing changed. more: stages that are asked to train on.
+    """
     require_gpus([config.launch for config in configs])
     preflight_pipeline(configs)
     with Crew(configs) as crew:
         for config in configs:
-            if status := run_stage(config, crew, config.stage == again):
+            if status := run_stage(config, crew, config.stage == again, config.stage in more):
                 return status
     return 0
 
 
-def run_stage(config: StageConfig, crew: Crew, again: bool) -> int:
-    """Preflight, record the config, have the crew run it. again: also where nothing changed."""
+def run_stage(config: StageConfig, crew: Crew, again: bool, more: bool = False) -> int:
+    """Preflight, record the config, have the crew run it. again: also where nothing changed. more: see `beginning`."""
     config.preflight()
     wanted = identity(config)
     if not again and made_by(config, wanted):
@@ -188,7 +222,9 @@ def run_stage(config: StageConfig, crew: Crew, again: bool) -> int:
     with locked(config.run_dir, among_others=config.launch.kind == "torchrun") as lock:
         if again:
             request_another(config)
-        config_path = prepare(config, wanted)
+        if said := beginning(config, wanted, more).said:
+            print(said, flush=True)
+        config_path = prepare(config, wanted, more)
         print(f"{config.stage}: {config.launch.world_size} process(es), config {config_path}", flush=True)
         before = created_at(config)
         began = time.monotonic()
