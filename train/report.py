@@ -27,6 +27,7 @@ from nexus_gen.specs.lineage import evaluations_of, flux_of_all, parts_of
 from nexus_gen.specs.models import DECODER_KINDS, ModelPaths, default_run, memory_of, results_of
 from nexus_gen.specs.results import check_result
 from nexus_gen.specs.weight_files import FLUX_WEIGHTS, flux_places
+from train.convergence import findings
 from train.gain import Gain, gains_of, summary
 from train.metrics import read_metrics
 from train.schemas.run_directory import load_config, timing_of
@@ -159,6 +160,7 @@ def render(run: Path, samples: Any, with_start: bool, gains: list[Gain], output:
         stages=stages,
         total=sum(stage.seconds for stage in stages),
         curves=loss_curves(run),
+        lengths={stage: found for stage in LOSSES if (found := findings(run / stage))},
         samples=samples,
         with_start=with_start,
         gains=gains,

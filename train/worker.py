@@ -48,6 +48,11 @@ def run(stage_dir: Path, rank: int) -> None:
         logging.getLogger(__name__).info(
             "%s %s after %.0f s", config.stage, "finished" if finished else "stopped", time.monotonic() - began
         )
+        if finished and config.trains:
+            from train.convergence import findings
+
+            if found := findings(stage.run_dir):
+                logging.getLogger(__name__).warning("%s", found)
     end_process_group()
 
 
