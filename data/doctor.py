@@ -18,6 +18,7 @@ from data.converters import AUTO, CONVERTERS
 from data.doctor_report import QuarantineFile, print_table, write_page
 from data.examine import examine, open_datasets
 from data.mixture import asked_in_vain, load_mixture
+from data.rehearsal import SHIPPED_ROWS
 from data.token_lengths import TokenLengths
 from nexus_gen.specs.arguments import Parser, list_to_paste
 from nexus_gen.specs.errors import UserError
@@ -27,7 +28,7 @@ from nexus_gen.specs.results import check_result
 
 DATA_KEYS = (
     *("max_pixels", "max_length", "dynamic_targets", "consistent_edit_scale"),
-    *("train", "heldout", "picture_root"),
+    *("train", "heldout", "picture_root", "rehearsal", "rehearsal_rows"),
 )
 
 
@@ -141,6 +142,8 @@ def main(argv: list[str]) -> int:
         if getattr(given, name) is not None:
             check_result(getattr(given, name), f"--{name}")
     train = given.dataset or [Path(config[key]) for key in ("train",) if config.get(key)]
+    if config.get("rehearsal") and not given.dataset:  # trained on too: held-out rows must not be among them
+        train.append(Path(config["rehearsal_rows"] or SHIPPED_ROWS))
     heldout = given.heldout or [Path(config[key]) for key in ("heldout",) if config.get(key) and not given.dataset]
     if not train:
         raise UserError("no dataset is given; name one, or a --config whose data.train is to be checked")

@@ -17,9 +17,11 @@ from typing import Any
 
 from data.memory import remembered
 from data.messages import RowError
-from data.mixture import Place, load_mixture, read_places
+from data.mixture import Place, read_places
+from data.mixture_spec import Dataset, MixtureSpec, load_mixture
 from data.pictures import PictureHashes, place_of
 from data.quarantine import LeftOut
+from data.rehearsal import chosen, num_rehearsed
 from data.shards import Listing, checksum, index_shard, read_member
 from nexus_gen.specs.artifact import digest
 from nexus_gen.specs.errors import UserError
@@ -90,16 +92,19 @@ class SplitRows:
     """The rows of a split that a stage embeds, and those it cannot use: where, id, reason.
 
     A row that cannot be read counts as one of the stage's task. Rows that are quarantined are among the second.
+    num_rehearsed: how many of `rows`, the last, are of the rehearsal; num_wanted: as many as its share asks for.
     """
 
     split: str
     rows: list[RowFacts]
     unusable: list[dict[str, str]]
+    num_rehearsed: int = 0
+    num_wanted: int = 0
 
     @staticmethod
     def read(
         split: str,
-        path: Path,
+        dataset: Dataset,
         task: str,
         all_pictures: bool,
         hashes: PictureHashes,
@@ -112,18 +117,19 @@ class SplitRows:
         memory: a file for what was read, so that a dataset that did not change is parsed only once. Its pictures are
         looked at each time. picture_root: what their paths are relative to, the file that names them unless given.
         """
+        spec = load_mixture(dataset, picture_root)
         rows: list[RowFacts] = []
         unusable = []
-        files = list(dict.fromkeys([path, *load_mixture(path).files]))
         key = [READING, task, all_pictures, left_out.key, *([picture_root] if picture_root else [])]
-        found = remembered(memory, key, files, lambda: _read(path, task, all_pictures, left_out, picture_root))
-        hashed = hashes.of_rows(found, lambda row: row[-1])
+        found = remembered(memory, key, spec.read_files, lambda: _read(spec, task, all_pictures, left_out))
+        kept = _Rehearsed(spec)
+        hashed = hashes.of_rows(kept.of(found), lambda row: row[-1])
         for (place, where, row_id, source, caption, words, reason, _), pictures in hashed:
             if reason:
                 unusable.append({"where": where, "id": row_id, "reason": reason})
             else:
                 rows.append(RowFacts(tuple(place), where, row_id, source, caption, pictures, words))
-        return SplitRows(split, rows, unusable)
+        return SplitRows(split, rows, unusable, kept.num_rehearsed, kept.num_wanted)
 
     @property
     def fingerprint(self) -> str:
@@ -151,10 +157,33 @@ class SplitRows:
         ]
 
 
-def _read(path: Path, task: str, all_pictures: bool, left_out: LeftOut, picture_root: str) -> Iterator[list[Any]]:
+class _Rehearsed:
+    """Of the rows of a dataset, its own and as many of its rehearsal as the share of that asks for."""
+
+    def __init__(self, spec: MixtureSpec) -> None:
+        self._spec = spec
+        self.num_rehearsed = self.num_wanted = 0
+
+    def of(self, rows: Iterable[list[Any]]) -> Iterator[list[Any]]:
+        """Rows as `_read` gives them, those of the rehearsal last; of these, unusable ones are passed over."""
+        num_own, rehearsal = 0, []
+        for row in rows:
+            (source, *_), reason = row[0], row[-2]
+            if source < self._spec.num_own:
+                num_own += not reason
+                yield row
+            elif not reason:
+                rehearsal.append(row)
+        self.num_wanted = num_rehearsed(num_own, self._spec.rehearsal_share)
+        places = chosen(len(rehearsal), self.num_wanted)
+        self.num_rehearsed = len(places)
+        yield from (rehearsal[place] for place in places)
+
+
+def _read(spec: MixtureSpec, task: str, all_pictures: bool, left_out: LeftOut) -> Iterator[list[Any]]:
     """Of every row of the task: place, where, id, source, caption, hash of its words, why it is unusable, pictures."""
-    for place, row, reason in read_places(path, left_out, picture_root):
-        where = row.where.removeprefix(f"{path.parent}/")
+    for place, row, reason in read_places(spec, left_out):
+        where = row.where.removeprefix(f"{spec.path.parent}/")
         if isinstance(row, RowError):
             yield [place, where, "", "", "", "", reason or row.problem, []]
         elif row.task == task:

@@ -34,10 +34,11 @@ import numpy as np
 
 from data.memory import folder_files
 from data.messages import TASKS, Row, RowError, Summary, count_rows
-from data.mixture_spec import MixtureSpec, Source, load_mixture
+from data.mixture_spec import Dataset, MixtureSpec, Source, load_mixture
 from data.notices import Notices, sentences
 from data.quarantine import NOTHING, LeftOut
 from data.records import ROW_GROUPS_KEPT, Record
+from data.rehearsal import apportioned, num_rehearsed
 from nexus_gen.specs.content import file_facts
 from nexus_gen.specs.errors import UserError, nearest
 
@@ -48,7 +49,7 @@ Place = tuple[int, int, int]  # of a row: its source, the file there, its number
 
 
 def read_places(
-    path: str | os.PathLike[str], left_out: LeftOut = NOTHING, picture_root: str | os.PathLike[str] | None = None
+    path: Dataset, left_out: LeftOut = NOTHING, picture_root: str | os.PathLike[str] | None = None
 ) -> Iterator[tuple[Place, Row | RowError, str]]:
     """Every row of a dataset or a mixture once, in the order of its files, whatever its weights and counts are.
 
@@ -79,7 +80,7 @@ class RowsByPlace:
     Their files are read through for it here, and not again in processes that this object is sent to.
     """
 
-    def __init__(self, path: str | os.PathLike[str], picture_root: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, path: Dataset, picture_root: str | os.PathLike[str] | None = None) -> None:
         self._sources = load_mixture(path, picture_root).sources
         self._records = [[source.open(file) for file in source.files] for source in self._sources]
         for records in chain.from_iterable(self._records):
@@ -91,7 +92,7 @@ class RowsByPlace:
 
 
 def read_dataset(
-    path: str | os.PathLike[str], left_out: LeftOut = NOTHING, picture_root: str | os.PathLike[str] | None = None
+    path: Dataset, left_out: LeftOut = NOTHING, picture_root: str | os.PathLike[str] | None = None
 ) -> Iterator[Row]:
     """The rows of `read_places` that are not left out. Raises UserError as `read_rows` does."""
     for _, row, reason in read_places(path, left_out, picture_root):
@@ -103,7 +104,7 @@ def read_dataset(
 
 
 def check_dataset(
-    path: str | os.PathLike[str],
+    path: Dataset,
     max_bad_fraction: float = 0.0,
     left_out: LeftOut = NOTHING,
     picture_root: str | os.PathLike[str] | None = None,
@@ -187,13 +188,15 @@ class Draw:
 class Mixture:
     """The endless training order over a dataset's rows, but for those that are left out.
 
-    num_left_out: of the rows that the sources would take. Raises UserError for a source that has no rows then.
-    The files are read through here, and not again in processes that this object is sent to.
+    own_rows, rehearsal_rows: rows to draw from. num_left_out: of those that the dataset's own sources would take.
+    counts: rows of an epoch by source; epoch_rows: of all, and epoch_rehearsal of them are the rehearsal's.
+    Raises UserError for a source that has no rows then. The files are read through here, and not again in processes
+    that this object is sent to.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: Dataset,
         seed: int,
         left_out: LeftOut = NOTHING,
         picture_root: str | os.PathLike[str] | None = None,
@@ -201,9 +204,13 @@ class Mixture:
         self.spec = load_mixture(path, picture_root)
         self.seed = seed
         self._rows = [_SourceRows(source, left_out) for source in self.spec.sources]
-        self.num_left_out = sum(rows.num_left_out for rows in self._rows)
+        own = self._rows[: self.spec.num_own]
+        self.num_left_out = sum(rows.num_left_out for rows in own)
+        self.own_rows = sum(len(rows) for rows in own)
+        self.rehearsal_rows = len(self) - self.own_rows
         self.counts = _counts(self.spec, [len(rows) for rows in self._rows])
         self.epoch_rows = sum(self.counts)
+        self.epoch_rehearsal = sum(self.counts[self.spec.num_own :])
         self._remember_orders()
 
     def _remember_orders(self) -> None:
@@ -313,18 +320,19 @@ class _SourceRows:
 
 
 def _counts(spec: MixtureSpec, sizes: Sequence[int]) -> list[int]:
-    """Rows of an epoch that come from each source."""
+    """Rows of an epoch that come from each source; those of the rehearsal come on top of a dataset's own."""
+    if spec.rehearsal:
+        own = _counts(replace(spec, sources=spec.sources[: spec.num_own], rehearsal=None), sizes[: spec.num_own])
+        shares = _counts(spec.rehearsal, sizes[spec.num_own :])
+        return own + apportioned(shares, num_rehearsed(sum(own), spec.rehearsal_share))
     weights = [source.weight for source in spec.sources if source.weight is not None]
     if not weights:
         return [source.count or size for source, size in zip(spec.sources, sizes, strict=True)]
     total = spec.epoch_rows or sum(sizes)
-    shares = np.array(weights, dtype=float) / sum(weights) * total
-    counts = np.floor(shares).astype(int)
-    for source in np.argsort(counts - shares, kind="stable")[: total - counts.sum()]:  # the largest remainders
-        counts[source] += 1
-    if not counts.all():
+    counts = apportioned(weights, total)
+    if not all(counts):
         raise UserError(
             f"{spec.path}: source {int(np.argmin(counts)) + 1} has weight {weights[int(np.argmin(counts))]} of "
             f"{sum(weights)}, less than one of {total} rows; raise it, or epoch_rows"
         )
-    return counts.tolist()
+    return counts

@@ -64,11 +64,17 @@ class Source:
 
 @dataclass(frozen=True)
 class MixtureSpec:
-    """A dataset as given: one file, or what a mixture file says."""
+    """A dataset as given: one file, or what a mixture file says.
+
+    rehearsal: the dataset whose sources `data.rehearsal` has put behind its own. rehearsal_share: of the draws, that
+    these get between them.
+    """
 
     path: Path
     sources: tuple[Source, ...]
     epoch_rows: int | None = None
+    rehearsal: "MixtureSpec | None" = None
+    rehearsal_share: float = 0.0
 
     @property
     def is_mixture(self) -> bool:
@@ -79,13 +85,29 @@ class MixtureSpec:
         """Every dataset file once."""
         return list(dict.fromkeys(file for source in self.sources for file in source.files))
 
+    @property
+    def read_files(self) -> list[Path]:
+        """Every file once that decides which rows it has: the mixture too, and that of its rehearsal."""
+        mixtures = [self.path, *([self.rehearsal.path] if self.rehearsal else [])]
+        return list(dict.fromkeys([*mixtures, *self.files]))
 
-def load_mixture(path: str | os.PathLike[str], picture_root: str | os.PathLike[str] | None = None) -> MixtureSpec:
+    @property
+    def num_own(self) -> int:
+        """Sources that are not of the rehearsal; they come first."""
+        return len(self.sources) - (len(self.rehearsal.sources) if self.rehearsal else 0)
+
+
+Dataset = str | os.PathLike[str] | MixtureSpec  # where one is, or what was found there
+
+
+def load_mixture(path: Dataset, picture_root: str | os.PathLike[str] | None = None) -> MixtureSpec:
     """The sources of a dataset (a file, a pattern, a folder) or a mixture file; no rows are read.
 
-    picture_root: of sources that give none themselves. Raises UserError for a file that is no mixture, an unknown key,
-    a value out of range, a pattern without files.
+    path: one that was loaded before is returned as it is. picture_root: of sources that give none themselves. Raises
+    UserError for a file that is no mixture, an unknown key, a value out of range, a pattern without files.
     """
+    if isinstance(path, MixtureSpec):
+        return path
     path, root = Path(path), os.fspath(picture_root or "")
     if root and not os.path.isdir(root):
         raise UserError(f"picture_root {root} is no directory; give the one that picture paths are relative to")

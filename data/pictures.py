@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from data.memory import remembered
 from data.messages import Row
-from data.mixture import load_mixture, read_places
+from data.mixture import read_places
+from data.mixture_spec import Dataset, MixtureSpec, load_mixture
 from data.quarantine import LeftOut
 from nexus_gen.specs.artifact import Seals, digest, fingerprint_path
 from nexus_gen.specs.content import AT_ONCE, THREADS, Contents
@@ -74,15 +75,15 @@ class PictureHashes:
                 yield from zip(group, hashes, strict=True)
 
 
-def named_pictures(path: Path, left_out: LeftOut, memory: Path, picture_root: str = "") -> Iterator[str]:
+def named_pictures(dataset: Dataset, left_out: LeftOut, memory: Path, picture_root: str = "") -> Iterator[str]:
     """All pictures that the rows of a dataset or a mixture name by path, each once, in their order.
 
     Pictures inside dataset files are part of these. memory: a file for the names, so that a dataset that did not change
     is parsed only once. picture_root: what their paths are relative to, the file that names them unless given.
     """
-    files = list(dict.fromkeys([path, *load_mixture(path).files]))
+    spec = load_mixture(dataset, picture_root)
     key = [READING, left_out.key, *([picture_root] if picture_root else [])]
-    return remembered(memory, key, files, lambda: _named(path, left_out, picture_root))
+    return remembered(memory, key, spec.read_files, lambda: _named(spec, left_out))
 
 
 def fingerprint_pictures(names: Iterable[str], hashes: PictureHashes) -> str:
@@ -103,9 +104,9 @@ def fingerprint_rows(path: Path, pictures: Iterable[StoredImage], hashes: Pictur
     return digest([file, fingerprint_pictures(outside, hashes)]) if outside else file
 
 
-def _named(path: Path, left_out: LeftOut, picture_root: str) -> Iterator[str]:
+def _named(spec: MixtureSpec, left_out: LeftOut) -> Iterator[str]:
     seen: set[str] = set()
-    for _, row, reason in read_places(path, left_out, picture_root):
+    for _, row, reason in read_places(spec, left_out):
         if isinstance(row, Row) and not reason:
             for image in row.images:
                 if isinstance(image, Path) and (name := str(image)) not in seen:

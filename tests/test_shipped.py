@@ -88,7 +88,12 @@ def test_training_goes_on_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     small = ["trainer.max_steps=2", "trainer.log_every_steps=1", "heldout.num_samples=2", "data=messages"]
     data = [f"data.train={rows / 'heldout.jsonl'}", f"data.heldout={rows / 'compositional.jsonl'}"]
     size = ["data.max_pixels=5184", "data.max_length=1024", "launch.device=cpu"]
-    succeed(*run_arguments(run, "stage=pretrain", "experiment=finetune_pretrain", *small, *data, *size))
+    arguments = run_arguments(run, "stage=pretrain", "experiment=finetune_pretrain", *small, *data, *size)
+    said = succeed(*arguments, "data.rehearsal=0.25")
+    # 300 own rows and a third of their number on top, out of the 600 that ship.
+    assert "rehearsal: 100 of 400 rows of an epoch are of what the initial checkpoint was trained on" in said
+    details = Manifest.load(run / "pretrain" / "artifact").details
+    assert details["rows"]["train"] == {"rows": 300, "used": 300, "quarantined": 0, "rehearsal": 600}
     logged = losses(run / "pretrain")
     # It knows these rows: random weights start above 3.
     assert logged[1, "train/text_loss"] < 0.5

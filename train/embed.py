@@ -83,6 +83,14 @@ class EmbedStage(Stage[EmbedConfig]):
         plan = [shard for split in splits for shard in split.plan(recipe, self.config.reads_conversations, size)]
         unfinished = self.from_rank_zero(lambda: self._settle(plan))
         if self.rank == 0:
+            for split in splits:
+                if split.num_rehearsed < split.num_wanted:
+                    log.warning(
+                        "rehearsal: data.rehearsal %g asks for %d rows of this task, and there are %d",
+                        self.config.data.rehearsal,
+                        split.num_wanted,
+                        split.num_rehearsed,
+                    )
             log.info("%s", Changes.between(EarlierSamples([*self._sources(), self._partial]), plan, recipe))
         mine = [plan[number] for number in unfinished[self.rank :: self.world_size]]
         filler = ShardFiller(
@@ -234,7 +242,9 @@ class EmbedStage(Stage[EmbedConfig]):
             if gap:
                 log.info("predicted against true embeddings: cosine %(cosine).4f, MSE %(mse).4f", details["gap"])
             for split, rows in details["rows"].items():
-                log.info("%s: %d rows = %d embedded + %d quarantined", split, *rows.values())
+                rehearsal = f" + {rows['rehearsal']} of rehearsal" if "rehearsal" in rows else ""
+                line = "%s: %d rows%s = %d embedded + %d quarantined"
+                log.info(line, split, rows["rows"], rehearsal, rows["embedded"], rows["quarantined"])
             return details
 
         self.write_artifact(finish, keep_partial=True, known=known)
@@ -277,11 +287,12 @@ class EmbedStage(Stage[EmbedConfig]):
             ]
             embedded = sum(len(listing.samples) for listing in own)
             rows[split.split] = {
-                "rows": len(split.rows) + len(split.unusable),
+                "rows": len(split.rows) + len(split.unusable) - split.num_rehearsed,
                 "embedded": embedded,
                 "quarantined": len(bad),
+                **({"rehearsal": split.num_rehearsed} if split.num_rehearsed else {}),
             }
-            assert rows[split.split]["rows"] == embedded + len(bad), rows
+            assert rows[split.split]["rows"] + split.num_rehearsed == embedded + len(bad), rows
             quarantined += bad
         if quarantined:
             write_text_atomic(directory / QUARANTINE, json_lines(quarantined))
@@ -352,7 +363,7 @@ class EmbedStage(Stage[EmbedConfig]):
 
     def _rows_by_place(self) -> dict[str, RowsByPlace]:
         data = self.config.data
-        return {split: RowsByPlace(getattr(data, split), data.picture_root) for split in data.splits}
+        return {split: RowsByPlace(data.dataset(split)) for split in data.splits}
 
     def read(self, sample: PlannedSample) -> tuple[Row, list[Image.Image]]:
         """A sample's row, and the pictures of it that enter; UserError when they are not those of its address."""

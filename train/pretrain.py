@@ -87,7 +87,8 @@ class PretrainStage(Stage[PretrainConfig]):
         rows = {"train": row_counts(mixture), "heldout": row_counts(heldout)}
         if config.data.quarantine and self.rank == 0:
             for split, counts in rows.items():
-                log.info("%s: %d rows = %d used + %d quarantined", split, *counts.values())
+                of_split = (counts[name] for name in ("rows", "used", "quarantined"))
+                log.info("%s: %d rows = %d used + %d quarantined", split, *of_split)
         config = config.with_steps(mixture.epoch_rows)
         budget, before = config.data.token_budget, complete_checkpoints(checkpoints)
         if budget and before and tokens_seen(before[-1]) >= budget:  # only the artifact is missing
@@ -121,15 +122,19 @@ class PretrainStage(Stage[PretrainConfig]):
     def _mixtures(self) -> tuple[Mixture, Mixture]:
         """Training and held-out rows. Reading files through for them takes minutes for a million rows of tars."""
         data = self.config.data
-        left_out, root = data.left_out(), data.picture_root
-        train = Mixture(data.train, self.config.seed, left_out, root)
-        return train, Mixture(data.heldout, HELDOUT_SEED, left_out, root)
+        left_out = data.left_out()
+        train = Mixture(data.dataset("train"), self.config.seed, left_out)
+        return train, Mixture(data.dataset("heldout"), HELDOUT_SEED, left_out)
 
 
 def row_counts(mixture: Mixture) -> dict[str, int]:
-    """Rows of a dataset as the mixture takes them: rows = used + quarantined before training."""
-    used, quarantined = len(mixture), mixture.num_left_out
-    return {"rows": used + quarantined, "used": used, "quarantined": quarantined}
+    """Rows of a dataset as the mixture takes them: rows = used + quarantined before training.
+
+    rehearsal: rows that are not the dataset's own and that training draws from besides.
+    """
+    used, quarantined = mixture.own_rows, mixture.num_left_out
+    rehearsal = {"rehearsal": mixture.rehearsal_rows} if mixture.rehearsal_rows else {}
+    return {"rows": used + quarantined, "used": used, "quarantined": quarantined, **rehearsal}
 
 
 class PretrainPipeline(SwiftSft):
@@ -182,6 +187,12 @@ class PretrainPipeline(SwiftSft):
         num_samples = trainer.max_steps * trainer.global_batch_size
         for source, count in zip(mixture.spec.sources, mixture.counts, strict=True):
             log.info("%d rows of an epoch from %s", count, source.path)
+        if data.rehearsal:
+            log.info(
+                "rehearsal: %d of %d rows of an epoch are of what the initial checkpoint was trained on",
+                mixture.epoch_rehearsal,
+                mixture.epoch_rows,
+            )
         epochs = num_samples / mixture.epoch_rows
         if data.token_budget:
             log.info(

@@ -234,7 +234,7 @@ def test_a_dataset_row_with_too_few_images_is_refused_before_anything_starts(tmp
     ("num_editing", "sentence"),
     [
         (0, "rows.jsonl holds no editing rows (it has {'generation': 8}); stage=embed_editing needs some"),
-        (1, "rows.jsonl (editing rows) holds 1 train samples, fewer than one global batch of 8;"),
+        (1, "rows.jsonl (editing rows and rehearsal) holds 2 train samples, fewer than one global batch of 8;"),
     ],
 )
 def test_rows_that_a_later_stage_cannot_use_are_refused_before_the_first_one_starts(

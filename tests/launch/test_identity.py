@@ -12,6 +12,8 @@ from launch.compose import Override, compose_stage
 from launch.run import run_stage
 from nexus_gen.specs.artifact import Manifest, digest, hash_file, seal
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.models import SHIPPED_RUN
+from train.schemas.rehearsal import knows_shipped_rows
 from train.schemas.run_directory import identity, made_by, prepare
 from train.schemas.stages import StageConfig
 
@@ -230,3 +232,73 @@ def test_a_try_of_an_earlier_version_is_resumed(place: Path, caplog: pytest.LogC
     recorded.write_text(json.dumps(finished), encoding="utf-8")
     finish(config, finished)
     attempt(stage(place, "pretrain", "seed=7"))
+
+
+# ---- rehearsal ----
+
+
+def write_old_rows(place: Path, answer: str = "A circle.") -> Path:
+    write_picture(place / "old.png", 50)
+    turns = [{"role": "user", "content": "<image> What is it?"}, {"role": "assistant", "content": answer}]
+    (place / "old.jsonl").write_text(json.dumps({"images": ["old.png"], "messages": turns}) + "\n")
+    return place / "old.jsonl"
+
+
+def test_what_was_made_before_there_was_rehearsal_is_unchanged_without_it(place: Path) -> None:
+    config = stage(place)
+    now = identity(config)
+    recorded = {**now, "config": {**now["config"], "data": dict(now["config"]["data"])}}
+    assert recorded["config"]["data"].pop("rehearsal") == 0.0
+    assert "rehearsal_rows" not in recorded["config"]["data"] and not any("rehearsal" in role for role in now["inputs"])
+    finish(config, recorded)
+    assert unchanged(config)
+    old = write_old_rows(place)
+    assert not unchanged(stage(place, "pretrain", "data.rehearsal=0.2", f"data.rehearsal_rows={old}"))
+
+
+def test_rows_of_the_rehearsal_their_pictures_and_their_share_count(place: Path) -> None:
+    old = write_old_rows(place)
+    rehearsing = ["data.rehearsal=0.2", f"data.rehearsal_rows={old}"]
+    config = stage(place, "pretrain", *rehearsing)
+    finish(config)
+    assert unchanged(config) and config.inputs()["data.rehearsal_rows"] == old
+    assert not unchanged(stage(place, "pretrain", "data.rehearsal=0.3", rehearsing[1]))
+    old.rename(place / "moved.jsonl")
+    assert unchanged(stage(place, "pretrain", rehearsing[0], f"data.rehearsal_rows={place / 'moved.jsonl'}"))
+    repaint(place / "old.png")
+    assert not unchanged(stage(place, "pretrain", rehearsing[0], f"data.rehearsal_rows={place / 'moved.jsonl'}"))
+    write_old_rows(place, answer="A ring.")
+    assert not unchanged(config)
+
+
+def test_rows_to_rehearse_are_asked_for_where_none_are_known(place: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.qwen .*qwen was trained on.*data\.rehearsal_rows=PATH.*rehearsal=0"):
+        stage(place, "pretrain", "data.rehearsal=0.2").preflight_rows()
+    with pytest.raises(UserError, match=r"gone\.jsonl"):
+        stage(place, "pretrain", "data.rehearsal=0.2", f"data.rehearsal_rows={place / 'gone.jsonl'}").preflight()
+    stage(place, "pretrain", "data.rehearsal=0.2", f"data.rehearsal_rows={write_old_rows(place)}").preflight_rows()
+    shipped = SHIPPED_RUN / "pretrain" / "artifact"
+    stage(place, "pretrain", "data.rehearsal=0.2", f"model.qwen={shipped}").preflight_rows()
+    # What was finetuned from it, which the embedding stages read, rehearses the same rows.
+    finish(stage(place, "pretrain", f"model.qwen={shipped}"))
+    finetuned = stage(place, "pretrain", f"model.qwen={shipped}").artifact_dir
+    assert knows_shipped_rows(finetuned) and not knows_shipped_rows(place / "qwen")
+    with pytest.raises(UserError, match=r"model\.qwen .*artifact was trained on"):
+        finish(stage(place, "pretrain", "name=other"))
+        other = stage(place, "pretrain", "name=other").artifact_dir
+        stage(place, "pretrain", "data.rehearsal=0.2", f"model.qwen={other}").preflight_rows()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["data.rehearsal=1.0"], "data.rehearsal is 1.0; it is a share from 0 to below 1"),
+        (["data.rehearsal=-0.1"], "data.rehearsal is -0.1; it is a share from 0 to below 1"),
+        (["data.rehearsal_rows=old.jsonl"], "data.rehearsal_rows has no effect with data.rehearsal 0"),
+    ],
+)
+@pytest.mark.parametrize("name", ["pretrain", "embed_editing"])
+def test_a_share_that_means_nothing_is_refused(name: str, given: list[str], message: str, place: Path) -> None:
+    texts = [f"stage={name}", f"data.train={place / 'train.jsonl'}", f"data.heldout={place / 'heldout.jsonl'}", *given]
+    with pytest.raises(UserError, match=message):
+        compose_stage([Override.parse(text) for text in texts])

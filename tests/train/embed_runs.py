@@ -97,6 +97,7 @@ def config(inputs: Path, data: Path, runs_dir: Path, stage: str = "embed_generat
             "train": str(data / "train.jsonl"), "heldout": str(data / "heldout.jsonl"),
             "max_pixels": embed.pop("max_pixels", 4096), "max_bad_fraction": embed.pop("max_bad_fraction", 0.5),
             "quarantine": embed.pop("quarantine", []),
+            **{key: embed.pop(key) for key in ("rehearsal", "rehearsal_rows") if key in embed},
         },
         "launch": {
             "kind": "local", "num_nodes": 1, "processes_per_node": 1, "device": "cpu", "threads_per_process": 1,

@@ -142,6 +142,48 @@ def test_exactly_the_changed_rows_are_embedded_again(changed: EmbedStageConfig, 
     assert runs.contents(changed) == runs.contents(from_nothing)
 
 
+def test_decoders_get_their_share_of_rehearsal_behind_unchanged_own_rows(
+    whole: Any, tmp_path: Path, changed: EmbedStageConfig
+) -> None:
+    """A fifth: 4 rows beside 16, of 7 that there are; half asks for 16 and gets 7, of which the 4 are kept."""
+    reference, _ = whole
+    old = tmp_path / "old"
+    rows = runs.read_jsonl(runs.write_rows(old, "train", 7, reference.stage == "embed_editing"))
+    runs.write_jsonl(old / "train.jsonl", [{**row, "source": "old"} for row in rows])
+    own = samples(reference, "train")
+
+    def rehearsing(share: float) -> EmbedStageConfig:
+        rows = str(old / "train.jsonl")
+        return elsewhere(changed, Path(changed.runs_dir), rehearsal=share, rehearsal_rows=rows)
+
+    said = runs.run(rehearsing(0.2))
+    assert to_embed(said) == (4, NUM_TRAIN + NUM_HELDOUT, 0)
+    assert f"train: {NUM_TRAIN} rows + 4 of rehearsal = 20 embedded + 0 quarantined" in said
+    details = Manifest.load(changed.artifact_dir).details
+    assert details["rows"]["train"] == {"rows": NUM_TRAIN, "embedded": 20, "quarantined": 0, "rehearsal": 4}
+    assert details["rows"]["heldout"] == {"rows": NUM_HELDOUT, "embedded": NUM_HELDOUT, "quarantined": 0}
+    rehearsed = samples(changed, "train")
+    assert rehearsed[:NUM_TRAIN] == own and samples(changed, "heldout") == samples(reference, "heldout")
+    # Embedded alone they are the same; their ids are those of the other file.
+    alone = runs.config(Path(changed.embed.autoregressive).parent, old, tmp_path / "alone", reference.stage)
+    shutil.copyfile(old / "train.jsonl", old / "heldout.jsonl")
+    runs.run(alone)
+    assert len(set(rehearsed[NUM_TRAIN:])) == 4 and set(rehearsed[NUM_TRAIN:]) < set(samples(alone, "train"))
+
+    said = runs.run(rehearsing(0.5))
+    assert to_embed(said) == (3, NUM_TRAIN + NUM_HELDOUT + 4, 0)
+    assert "data.rehearsal 0.5 asks for 16 rows of this task, and there are 7" in said
+    assert runs.run(rehearsing(0.5)) == "skipped"
+    assert to_embed(runs.run(changed)) == (0, NUM_TRAIN + NUM_HELDOUT, 7)  # rehearsed no more
+    assert runs.contents(changed)["train/000000.tar"] == runs.contents(reference)["train/000000.tar"]
+
+
+def samples(stage: EmbedStageConfig, split: str) -> list[tuple[str, str]]:
+    """Address and checksum of every sample of a split, in order."""
+    listings = [json.loads(path.read_text()) for path in sorted((stage.artifact_dir / split).glob("*.json"))]
+    return [(facts["address"], facts["checksum"]) for listing in listings for facts in listing["samples"]]
+
+
 def test_a_setting_and_the_encoder_say_why_all_is_embedded_again(changed: EmbedStageConfig) -> None:
     everything = NUM_TRAIN + NUM_HELDOUT
     said = runs.run(elsewhere(changed, Path(changed.runs_dir), image_size=32))

@@ -1,10 +1,12 @@
 """Config sections that several stages share. Names, types and units live here; values live in configs/."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from data.mixture import load_mixture
+from data.mixture_spec import MixtureSpec, load_mixture
 from data.quarantine import LeftOut, read_left_out
+from data.rehearsal import SHIPPED_ROWS, with_rehearsal
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry, tokens_per_side
 
@@ -272,21 +274,49 @@ class TrainRowsConfig:
 
     splits: ClassVar[tuple[str, ...]] = ("train",)
 
+    def dataset(self, split: str) -> MixtureSpec:
+        """Where the rows of a split come from; no rows are read. Raises UserError."""
+        return load_mixture(getattr(self, split), self.picture_root)
+
     def left_out(self, *splits: str) -> LeftOut:
         """The rows of these splits, of all unless given, that are quarantined; reads them. Raises UserError."""
         if not self.quarantine:
             return LeftOut()
-        files = [file for split in splits or self.splits for file in load_mixture(getattr(self, split)).files]
+        files = [file for split in splits or self.splits for file in self.dataset(split).files]
         return read_left_out(self.quarantine, list(dict.fromkeys(files)))
 
 
 @dataclass
 class RowsConfig(TrainRowsConfig):
-    """heldout: a message dataset or a mixture, as train."""
+    """heldout: a message dataset or a mixture, as train.
+
+    rehearsal: share of the training rows, from 0 to below 1, that are of what the initial checkpoint was trained on.
+    rehearsal_rows: where these are, a message dataset or a mixture; empty for those of the shipped weights.
+    """
 
     heldout: PathStr
+    rehearsal: float = field(default=0.0, kw_only=True)
+    rehearsal_rows: PathStr = field(default="", kw_only=True)
 
     splits: ClassVar[tuple[str, ...]] = ("train", "heldout")
+
+    @property
+    def rehearsal_file(self) -> Path:
+        return Path(self.rehearsal_rows or SHIPPED_ROWS)
+
+    def dataset(self, split: str) -> MixtureSpec:
+        own = super().dataset(split)
+        if split != "train" or not self.rehearsal:
+            return own
+        return with_rehearsal(own, load_mixture(self.rehearsal_file, self.picture_root), self.rehearsal)
+
+    def check(self) -> None:
+        if not 0 <= self.rehearsal < 1:
+            raise UserError(f"data.rehearsal is {self.rehearsal}; it is a share from 0 to below 1")
+        if self.rehearsal_rows and not self.rehearsal:
+            raise UserError(
+                "data.rehearsal_rows has no effect with data.rehearsal 0; give a share, data.rehearsal=0.15"
+            )
 
 
 @dataclass

@@ -33,6 +33,8 @@ ADDED_SINCE: dict[str, Any] = {
     "data.token_budget": 0,
     "data.quarantine": [],
     "data.picture_root": "",
+    "data.rehearsal": 0.0,
+    "data.rehearsal_rows": "",
     "shapes.new_names": 0.0,
     "model.num_target_tokens": 81,
 }

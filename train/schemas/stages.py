@@ -14,6 +14,7 @@ from data.embedding_plan import ROWS, SplitRows
 from data.mixture import check_dataset, load_mixture
 from data.pictures import PictureHashes, fingerprint_pictures, named_pictures
 from data.quarantine import LeftOut
+from data.rehearsal import num_rehearsed
 from data.shapes import ShapesConfig
 from data.shards import EMBED_DTYPES, ShardSpec, require_global_batch
 from nexus_gen.specs.artifact import Manifest
@@ -55,6 +56,7 @@ from train.schemas.common import (
     share,
 )
 from train.schemas.initial_decoder import require_initial_decoder
+from train.schemas.rehearsal import check_rehearsal, require_rehearsal_rows
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +130,7 @@ class StageConfig:
         left_out = data.left_out()
         return {
             f"pictures.{split}": named_pictures(
-                Path(getattr(data, split)),
+                data.dataset(split),
                 left_out,
                 self.run_dir / PICTURES.format(split=split),
                 data.picture_root,
@@ -281,6 +283,7 @@ class PretrainConfig(StageConfig):
         not_negative("objective", self.objective, "text_loss_weight", "image_loss_weight")
         share("objective", self.objective, "cosine_fraction")
         one_of("objective.target_inputs", self.objective.target_inputs, "prefill", "embeddings")
+        self.data.check()
         positive("data", self.data, "max_length", "max_pixels")
         if not 0 <= self.data.max_bad_fraction < 1:
             raise UserError(f"data.max_bad_fraction is {self.data.max_bad_fraction}; it must be in [0, 1)")
@@ -315,6 +318,8 @@ class PretrainConfig(StageConfig):
         left_out = checked_quarantine(self, self.data)
         check_dataset(self.data.train, self.data.max_bad_fraction, left_out, self.data.picture_root)
         check_dataset(self.data.heldout, left_out=left_out, picture_root=self.data.picture_root)
+        require_rehearsal_rows(self.data, "model.qwen", Path(self.model.qwen))
+        check_rehearsal(self.data, left_out, self.data.max_bad_fraction)
 
 
 @dataclass
@@ -375,6 +380,7 @@ class EmbedStageConfig(StageConfig):
         one_of("embed.dtype", self.embed.dtype, *EMBED_DTYPES)
         one_of("embed.compile", self.embed.compile, "auto", "always", "never")
         not_negative("embed", self.embed, "num_workers")
+        self.data.check()
         if not 0 <= self.data.max_bad_fraction < 1:
             raise UserError(f"data.max_bad_fraction is {self.data.max_bad_fraction}; it must be in [0, 1)")
 
@@ -388,7 +394,7 @@ class EmbedStageConfig(StageConfig):
         splits = [
             SplitRows.read(
                 split,
-                Path(getattr(self.data, split)),
+                self.data.dataset(split),
                 self.task,
                 self.reads_conversations,
                 hashes,
@@ -407,6 +413,7 @@ class EmbedStageConfig(StageConfig):
     def preflight(self) -> None:
         super().preflight()
         require_checkpoint("embed.autoregressive", self.embed.autoregressive)
+        require_rehearsal_rows(self.data, "embed.autoregressive", Path(self.embed.autoregressive))
         self.preflight_rows()
         require_whole(Path(self.embed.autoregressive))
         if self.embed.latents:
@@ -423,11 +430,14 @@ class EmbedStageConfig(StageConfig):
                     f"{split} holds no {self.task} rows (it has {tasks}); stage={self.stage} needs some, and "
                     "stage=... instead of pipeline=... runs the stages that do without, one at a time"
                 )
+        check_rehearsal(self.data, left_out, self.data.max_bad_fraction)
 
     def num_train_rows(self) -> int:
         """Samples that its artifact holds at most."""
-        data = self.data
-        return check_dataset(data.train, data.max_bad_fraction, data.left_out(), data.picture_root)[self.task]
+        data, left_out = self.data, self.data.left_out()
+        own = check_dataset(data.train, data.max_bad_fraction, left_out, data.picture_root)[self.task]
+        old = check_rehearsal(data, left_out, data.max_bad_fraction).get(self.task, 0)
+        return own + min(num_rehearsed(own, data.rehearsal), old)
 
 
 @dataclass
@@ -645,15 +655,18 @@ def preflight_pipeline(configs: Sequence[StageConfig]) -> None:
             if isinstance(config, EmbedStageConfig):
                 embedded[config.artifact_dir] = config
         if isinstance(config, DecoderConfig) and (source := embedded.get(Path(config.shards))):
-            where = f"{source.data.train} ({source.task} rows)"
+            rehearsal = " and rehearsal" if source.data.rehearsal else ""
+            where = f"{source.data.train} ({source.task} rows{rehearsal})"
             require_global_batch(where, "train", source.num_train_rows(), config.trainer.global_batch_size)
 
 
 def message_inputs(data: TrainRowsConfig) -> dict[str, Path]:
     """Datasets, every file that they draw from where they are several, quarantine files: their contents count."""
     inputs = {}
-    for role in data.splits:
-        where = Path(getattr(data, role))
+    places = {role: Path(getattr(data, role)) for role in data.splits}
+    if isinstance(data, RowsConfig) and data.rehearsal:
+        places["rehearsal_rows"] = data.rehearsal_file
+    for role, where in places.items():
         files = load_mixture(where).files if is_there(where) else [where]
         if where.is_file() or files == [where]:
             inputs[f"data.{role}"] = where
