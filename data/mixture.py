@@ -38,7 +38,7 @@ from data.mixture_spec import Dataset, MixtureSpec, Source, load_mixture
 from data.notices import Notices, sentences
 from data.quarantine import NOTHING, LeftOut
 from data.records import ROW_GROUPS_KEPT, Record
-from data.rehearsal import apportioned, num_rehearsed
+from data.rehearsal import num_rehearsed
 from nexus_gen.specs.content import file_facts
 from nexus_gen.specs.errors import UserError, nearest
 
@@ -336,3 +336,12 @@ def _counts(spec: MixtureSpec, sizes: Sequence[int]) -> list[int]:
             f"{sum(weights)}, less than one of {total} rows; raise it, or epoch_rows"
         )
     return counts
+
+
+def apportioned(shares: Sequence[float], total: int) -> list[int]:
+    """`total` whole rows in these proportions, by the largest remainders."""
+    exact = np.array(shares, dtype=float) / sum(shares) * total
+    counts = np.floor(exact).astype(int)
+    for place in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:
+        counts[place] += 1
+    return counts.tolist()

@@ -4,7 +4,6 @@ New rows teach a model new skills and cost it old ones; a share of rows that it 
 have theirs in `weights/rehearsal`.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -35,12 +34,3 @@ def chosen(num_rows: int, num_wanted: int) -> list[int]:
     A longer choice holds every shorter one, so that a few rows more or less embed few anew.
     """
     return sorted(np.random.default_rng(CHOICE_SEED).permutation(num_rows)[:num_wanted].tolist())
-
-
-def apportioned(shares: Sequence[float], total: int) -> list[int]:
-    """`total` whole rows in these proportions, by the largest remainders."""
-    exact = np.array(shares, dtype=float) / sum(shares) * total
-    counts = np.floor(exact).astype(int)
-    for place in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:
-        counts[place] += 1
-    return counts.tolist()
