@@ -66,7 +66,6 @@ def stage_rows(run: Path) -> list[StageRow]:
         manifest = Manifest.load(directory / "artifact")
         seconds, processes = timing_of(directory)
         metrics = read_metrics(directory)
-        rates = [row["perf/samples_per_s"] for row in metrics if "perf/samples_per_s" in row]
         rows.append(
             StageRow(
                 name=name,
@@ -74,7 +73,7 @@ def stage_rows(run: Path) -> list[StageRow]:
                 seconds=seconds,
                 processes=processes,
                 steps=int(metrics[-1]["step"]) if metrics else 0,
-                samples_per_s=sum(rates) / len(rates) if rates else 0.0,
+                samples_per_s=mean_rate(metrics),
                 commit=manifest.code["commit"],
                 config=(directory / "config.yaml").read_text(encoding="utf-8"),
             )
@@ -82,8 +81,31 @@ def stage_rows(run: Path) -> list[StageRow]:
     return rows
 
 
+def mean_rate(metrics: Sequence[dict[str, float]]) -> float:
+    """Samples per second of training as a whole: all samples over all seconds. 0 where no rate was logged.
+
+    Every step has as many samples, so that of a rate r over n steps the seconds are proportional to n / r.
+    """
+    steps = seconds = 0.0
+    before = 0.0
+    for row in metrics:
+        if rate := row.get("perf/samples_per_s"):
+            interval = row["step"] - before or 1  # an embedding stage logs one rate, at step 0
+            steps, seconds, before = steps + interval, seconds + interval / rate, row["step"]
+    return steps / seconds if seconds else 0.0
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Their exponential moving average, unbiased: the first values weigh no more than others."""
+    averages, past = [], 0.0
+    for number, value in enumerate(values, start=1):
+        past = SMOOTHING * past + (1 - SMOOTHING) * value
+        averages.append(past / (1 - SMOOTHING**number))
+    return averages
+
+
 def loss_curves(run: Path) -> list[dict[str, Any]]:
-    """One SVG per loss, with the first and last value of its smoothed curve."""
+    """One SVG per loss, with the first and the last value that was logged: the smoothed curve lags behind them."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -97,20 +119,16 @@ def loss_curves(run: Path) -> list[dict[str, Any]]:
             if not points:
                 continue
             steps, values = zip(*points, strict=True)
-            smooth, past = [], 0.0
-            for number, value in enumerate(values, start=1):
-                past = SMOOTHING * past + (1 - SMOOTHING) * value
-                smooth.append(past / (1 - SMOOTHING**number))  # unbiased: the first values weigh no more than others
             figure, axes = pyplot.subplots(figsize=(4.2, 2.6), layout="constrained")
             axes.plot(steps, values, color="#9db7d5", linewidth=0.8)
-            axes.plot(steps, smooth, color="#1f5a99", linewidth=1.8)
+            axes.plot(steps, smoothed(values), color="#1f5a99", linewidth=1.8)
             axes.set(title=f"{stage}: {label}", xlabel="optimizer step", ylim=(0, 1.05 * max(values)))
             axes.spines[["top", "right"]].set_visible(False)
             buffer = io.StringIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None})
             pyplot.close(figure)
             svg = buffer.getvalue()
-            curves.append({"svg": svg[svg.index("<svg") :], "first": smooth[0], "last": smooth[-1]})
+            curves.append({"svg": svg[svg.index("<svg") :], "first": values[0], "last": values[-1]})
     return curves
 
 

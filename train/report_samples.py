@@ -20,6 +20,7 @@ from train.outcomes import MAX_ANSWER_TOKENS, prompt_of
 from train.progress import progress_bar
 from train.schemas.run_directory import load_config
 from train.schemas.stages import DecoderConfig, PretrainConfig
+from train.scoring import is_right
 
 PICTURES = {"generation": 1, "editing": 2}  # of a row, where the page has room for so many
 
@@ -52,6 +53,11 @@ class UnderstandingSample:
     before: str | None
     after: str
     truth: str
+
+    @property
+    def right(self) -> bool:
+        """As an evaluation scores it."""
+        return is_right(self.after, self.truth)
 
 
 @dataclasses.dataclass
