@@ -154,7 +154,7 @@ def passes(copy: Path, tests: Sequence[str], timeout_s: float) -> bool:
             import pytest
 
             os.chdir(copy)
-            arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", *tests]
+            arguments = ["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *tests]
             status = int(pytest.main(arguments))
         finally:
             os._exit(status)
@@ -209,6 +209,7 @@ def main() -> int:
     if unknown := [name for name in arguments.modules if name not in modules]:
         parser.error(f"{', '.join(unknown)} not in {MODULES.name}; it lists {', '.join(modules)}")
     os.environ["OMP_NUM_THREADS"] = "1"  # threads do not live on in a fork
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whose imports take half of a mutant's time
     sys.dont_write_bytecode = True  # a module may change twice in the tick of a clock
     failed, lines = False, []
     with copy_of_the_tree() as copy:
