@@ -6,7 +6,7 @@ RUN ?= demo
 # Test processes; each of them starts trainings of one or two processes.
 JOBS ?= 2
 
-.PHONY: help setup demo examples ui test check format bench clean
+.PHONY: help setup demo examples ui test mutants check format bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -40,6 +40,10 @@ ui: $(VENV)/.ready ## the weights that ship in the browser
 
 test: $(VENV)/.ready ## all tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+# MODULES="train/scoring.py data/quantize.py" tries changes in these alone.
+mutants: $(VENV)/.ready ## single-line changes of figures and choices, one by one: which ones do the tests not notice (1 hour)
+	$(BIN)/python tests/mutation/run.py $(MODULES)
 
 check: $(VENV)/.ready ## lint, format and types
 	$(BIN)/ruff check .

@@ -1,10 +1,13 @@
 """Intervals against published values, and similarities against scikit-image."""
 
+import math
+
 import numpy as np
 import pytest
+from scipy.stats import binom
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from train.measures import MAX_PSNR, average, l1, mean_of, proportion, psnr, ssim
+from train.measures import MAX_PSNR, Score, average, l1, mean_of, proportion, psnr, ssim
 
 
 @pytest.mark.parametrize(
@@ -23,6 +26,12 @@ def test_proportions_have_wilsons_interval(right: int, count: int, low: float, h
     assert (score.low, score.high) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_nothing_is_likelier_than_always_and_rarer_than_never() -> None:
+    """By the formula alone some of these limits are 1 - 1e-16 or 1e-17."""
+    for count in range(1, 300):
+        assert proportion([True] * count).high == 1.0 and proportion([False] * count).low == 0.0
+
+
 def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says() -> None:
     generator = np.random.default_rng(0)
     rates = (0.97, 0.8, 0.5)
@@ -34,15 +43,37 @@ def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says() -> None:
     assert mean_of([proportion([True] * 9)]) == proportion([True] * 9)
 
 
-def test_averages_have_an_interval_that_shrinks_with_samples_and_never_varies() -> None:
-    values = np.random.default_rng(1).normal(30, 4, 400).tolist()
-    many, few = average(values), average(values[:25])
-    assert many == average(values)
-    # The normal approximation holds at 400 samples.
-    reach = 1.96 * np.std(values) / 20
-    assert (many.high - many.low) / 2 == pytest.approx(reach, rel=0.1)
-    assert few.high - few.low > 2 * (many.high - many.low)
-    assert many.low < many.value < many.high
+def test_a_mean_adds_up_the_squares_of_what_its_parts_miss() -> None:
+    parts = [Score(0.5, 0.2, 0.6, 7), Score(0.9, 0.5, 1.0, 3), Score(0.1, 0.1, 0.3, 5)]
+    score = mean_of(parts)
+    # sqrt(0.3^2 + 0.4^2 + 0) = 0.5 below, sqrt(0.1^2 + 0.1^2 + 0.2^2) above, each over three.
+    assert (score.value, score.count) == (pytest.approx(0.5), 15)
+    assert score.low == pytest.approx(0.5 - 0.5 / 3)
+    assert score.high == pytest.approx(0.5 + math.sqrt(0.06) / 3)
+
+
+def test_averages_have_the_percentiles_of_two_thousand_resamples() -> None:
+    """In plain Python: the means of the resamples in order, and what lies between two of them."""
+    values = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0]
+    generator = np.random.default_rng(0)
+    resampled = sorted(sum(values[i] for i in generator.integers(8, size=8)) / 8 for _ in range(2000))
+
+    def percentile(place: float) -> float:
+        below = int(place)
+        return resampled[below] + (place - below) * (resampled[below + 1] - resampled[below])
+
+    score = average(values)
+    assert (score.value, score.count) == (31 / 8, 8)
+    assert (score.low, score.high) == pytest.approx((percentile(0.025 * 1999), percentile(0.975 * 1999)))
+    spread = np.random.default_rng(1).normal(30, 4, 50).tolist()
+    assert average(spread) == average(spread)
+    assert average(spread).low == pytest.approx(28.8700, abs=1e-4)  # published intervals stay valid
+
+
+def test_the_interval_of_a_share_is_that_of_the_binomial_distribution() -> None:
+    """Of 12 ones among 40 the resampled sums are binomial: 6.5 and 17.5 are far from a percentile."""
+    score = average([1.0] * 12 + [0.0] * 28)
+    assert (score.low * 40, score.high * 40) == pytest.approx(binom.ppf((0.025, 0.975), 40, 12 / 40))
 
 
 @pytest.mark.parametrize("measure", [proportion, average, mean_of])
