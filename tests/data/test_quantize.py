@@ -36,7 +36,7 @@ def test_float8_spans_its_whole_range() -> None:
     assert stored["x_embeds.scale"].flatten().tolist() == pytest.approx([2.54 / 448, 1 / 448])
     # 1.27 / 2.54 x 448 = 224 is a number of the format; 0.013 / 2.54 x 448 = 2.293 lies between 2.25 and 2.5.
     assert stored["x_embeds"].float().tolist() == [[448.0, -224.0, 2.25], [224.0, -448.0, 0.0]]
-    assert (FLOAT8_MAX, INT8_MAX) == (torch.finfo(torch.float8_e4m3fn).max, torch.iinfo(torch.int8).max)
+    assert (torch.finfo(torch.float8_e4m3fn).max, torch.iinfo(torch.int8).max) == (FLOAT8_MAX, INT8_MAX)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])

@@ -64,7 +64,7 @@ class DropStatement(Operator):
         if statement.type != "expr_stmt":
             return False
         target, operator = statement.children[:2]
-        return operator.type == "operator" and operator.value != "=" or target.type == "atom_expr"
+        return (operator.type == "operator" and operator.value != "=") or target.type == "atom_expr"
 
     @classmethod
     def examples(cls) -> tuple[Example, ...]:
@@ -101,10 +101,14 @@ class DropKeyword(Operator):
 
 
 class SwapArguments(Operator):
-    """The first two arguments of a call change places."""
+    """The first two arguments of a call change places, where that makes a difference."""
+
+    SYMMETRIC = ("cosine_similarity", "hypot")
 
     def mutation_positions(self, node: Any) -> Iterator[Any]:
-        if node.type == "arglist" and not any(child.type in ("argument", "operator") for child in node.children[:3:2]):
+        if node.type != "arglist" or any(child.type in ("argument", "operator") for child in node.children[:3:2]):
+            return
+        if node.parent.get_previous_sibling().get_last_leaf().value not in self.SYMMETRIC:
             yield node.start_pos, node.end_pos
 
     def mutate(self, node: Any, index: int) -> Any:

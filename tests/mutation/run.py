@@ -61,8 +61,8 @@ class Positions(MutationVisitor):
 def mutants(source: str, only: Sequence[str], number: int) -> list[Mutant]:
     """So many changes of a module, all if there are fewer, in the order of their lines.
 
-    Annotations stay, and what has no effect on the syntax tree is no change. Which ones are chosen depends on the
-    changed line alone, so that they are the same after a change elsewhere. only: top-level names to change; all if empty.
+    Annotations stay, and what has no effect on the syntax tree is no change. Which ones are chosen depends on their
+    lines alone, so that they are the same after a change elsewhere. only: see `lines_of`.
     """
     lines, inside = source.splitlines(), lines_of(source, only)
     places: list[tuple[str, Operator, int]] = []
@@ -86,13 +86,18 @@ def mutants(source: str, only: Sequence[str], number: int) -> list[Mutant]:
 
 
 def lines_of(source: str, names: Sequence[str]) -> set[int]:
-    """The lines of top-level classes, functions and constants; all of them if no names are given."""
-    chosen: set[int] = set()
+    """The lines of functions and classes, and of methods as Class.method; all of the module if no names are given."""
+    if not names:
+        return set(range(1, source.count("\n") + 2))
+    found: dict[str, ast.AST] = {}
     for node in ast.parse(source).body:
-        own = [node.name] if isinstance(node, ast.ClassDef | ast.FunctionDef) else []
-        if not names or set(own) & set(names):
-            chosen |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    return chosen
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found[node.name] = node
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{own.name}": own for own in node.body if isinstance(own, ast.FunctionDef)}
+    if unknown := set(names) - found.keys():
+        sys.exit(f"{', '.join(sorted(unknown))}: no such names in the module; correct {MODULES.name}")
+    return {line for name in names for line in range(found[name].lineno, found[name].end_lineno + 1)}  # type: ignore[attr-defined]
 
 
 def mutant(source: str, changed: str) -> Mutant:
@@ -117,9 +122,8 @@ def essence(source: str) -> str:
 @contextmanager
 def copy_of_the_tree() -> Iterator[Path]:
     """What git tracks, and what is new and not ignored, in a directory of its own."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
-    ).stdout.split(b"\0")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.split(b"\0")
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
         for name in (os.fsdecode(name) for name in listed if name):
             if (ROOT / name).is_file():
@@ -154,7 +158,7 @@ def passes(copy: Path, tests: Sequence[str], timeout_s: float) -> bool:
             import pytest
 
             os.chdir(copy)
-            arguments = ["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *tests]
+            arguments = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-o", "addopts=", *tests]
             status = int(pytest.main(arguments))
         finally:
             os._exit(status)
