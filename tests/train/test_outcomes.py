@@ -128,7 +128,7 @@ def test_reconstructions_are_averaged_for_each_decoder() -> None:
 
 
 def test_categories_are_in_the_order_of_the_dataset() -> None:
-    assert order(["yes_no", "colour", "yes_no", "shape"]) == ["colour", "shape", "yes_no"]
+    assert order(["yes_no", "count", "yes_no", "shape", "colour"]) == ["colour", "shape", "count", "yes_no"]
 
 
 TRUTH = {"category": "counting", "language": "en"}
@@ -264,6 +264,23 @@ def test_sides_count_from_half_the_way_and_beyond_the_slack() -> None:
     assert relations(box(0.5, 0.2), centre) == {"above"} and relations(box(0.2, 0.75), centre) == {"left of", "below"}
 
 
+def test_half_of_the_way_is_not_more_than_half() -> None:
+    """Sizes of 1.25 together have a slack of 0.125, half of a distance of 0.25."""
+    box = np.array([0.0, 0.0, 0.625, 0.625])
+    for side, shift in {"right of": (1, 0), "left of": (-1, 0), "below": (0, 1), "above": (0, -1)}.items():
+        assert relations(box + 0.25 * np.array([*shift, *shift]), box) == set()
+        assert relations(box + 0.26 * np.array([*shift, *shift]), box) == {side}
+
+
+def test_the_slack_of_an_axis_is_that_of_the_sizes_along_it() -> None:
+    """Widths of 0.6 and heights of 0.2 together: beyond 0.12 across, and beyond 0.04 down."""
+    low, wide = np.array([0.4, 0.45, 0.6, 0.55]), np.array([0.3, 0.45, 0.7, 0.55])
+    for side, (across, down) in {"right of": (0.13, 0), "below": (0, 0.05)}.items():
+        assert relations(wide + np.array([across, down, across, down]), low) == {side}
+    for across, down in ((0.11, 0), (0, 0.03)):
+        assert relations(wide + np.array([across, down, across, down]), low) == set()
+
+
 def test_pictures_are_compared_at_the_size_that_was_painted(tmp_path: Path) -> None:
     """A truth of another size and aspect is cut at its middle, as decoders are trained."""
     values = np.zeros((40, 80, 3), dtype=np.uint8)
@@ -274,6 +291,10 @@ def test_pictures_are_compared_at_the_size_that_was_painted(tmp_path: Path) -> N
     outcome = judge_reconstruction(row, Image.new("RGB", (40, 40), (200, 200, 251)), "editing_decoder")
     assert (outcome["phase"], outcome["id"]) == ("reconstruction/editing_decoder", "7")
     assert outcome["psnr"] == pytest.approx(10 * np.log10(3 / 0.04))
+    # Pictures of one colour differ in brightness alone, here in one channel of three.
+    c1 = 2.55**2
+    blue = (2 * 200 * 251 + c1) / (200**2 + 251**2 + c1)
+    assert outcome["ssim"] == pytest.approx((1 + 1 + blue) / 3)
 
 
 def test_an_outcome_says_what_was_asked(tmp_path: Path) -> None:
