@@ -74,6 +74,8 @@ class DropStatement(Operator):
 class DropKeyword(Operator):
     """Remove a keyword of a call, so that its default counts."""
 
+    CHECKS = ("encoding", "ensure_ascii", "frozen", "strict")  # what only refuses, or differs elsewhere
+
     def mutation_positions(self, node: Any) -> list[Any]:  # not lazily: `mutate` is called while they are counted
         return [(node.children[place].start_pos, node.children[place].end_pos) for place in self._places(node)]
 
@@ -92,7 +94,10 @@ class DropKeyword(Operator):
         return [
             place
             for place, child in enumerate(node.children)
-            if child.type == "argument" and child.children[1].type == "operator" and child.children[1].value == "="
+            if child.type == "argument"
+            and child.children[1].type == "operator"
+            and child.children[1].value == "="
+            and child.children[0].value not in DropKeyword.CHECKS
         ]
 
     @classmethod

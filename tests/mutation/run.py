@@ -158,7 +158,18 @@ def passes(copy: Path, tests: Sequence[str], timeout_s: float) -> bool:
             import pytest
 
             os.chdir(copy)
-            arguments = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-o", "addopts=", *tests]
+            arguments = [
+                "-x",
+                "-q",
+                "--assert=plain",
+                "-m",
+                "not slow",
+                "-p",
+                "no:cacheprovider",
+                "-o",
+                "addopts=",
+                *tests,
+            ]
             status = int(pytest.main(arguments))
         finally:
             os._exit(status)
