@@ -8,8 +8,11 @@ with its reason. Fails when another one survives, or when fewer than `caught_at_
 
 import argparse
 import ast
+import compileall
 import hashlib
+import importlib
 import os
+import py_compile
 import signal
 import subprocess
 import sys
@@ -31,6 +34,8 @@ ROOT = Path(__file__).parents[2]
 MODULES, SURVIVORS = (Path(__file__).with_name(name) for name in ("modules.toml", "survivors.toml"))
 SLOWER = 6  # times as long as the tests take by themselves, and the change is caught: it does not end
 GRACE_S = 20
+PACKAGES = ("nexus_gen", "data", "train", "launch", "tests")
+BASETEMP = ".basetemp"
 
 
 @dataclass(frozen=True)
@@ -130,18 +135,42 @@ def copy_of_the_tree() -> Iterator[Path]:
                 copy = Path(directory, name)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_bytes((ROOT / name).read_bytes())
+        # By their hash: a module may change twice in the tick of a clock.
+        mode = py_compile.PycInvalidationMode.CHECKED_HASH
+        for package in PACKAGES:
+            compileall.compile_dir(Path(directory, package), quiet=2, invalidation_mode=mode)
         yield Path(directory)
 
 
-def import_packages(names: Sequence[str]) -> None:
-    """What takes seconds to import, once: each mutant's tests run in a fork of this process."""
-    import importlib
+def run_pytest(copy: Path, arguments: Sequence[str]) -> int:
+    """In a child of the run: the exit status, with nothing printed."""
+    import pytest
 
-    from nexus_gen.compat import ensure_torchvision
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
+    os.chdir(copy)
+    options = ["-x", "-q", "--assert=plain", "-m", "not slow", "-p", "no:cacheprovider", "-o", "addopts="]
+    return int(pytest.main([*options, f"--basetemp={copy / BASETEMP}", *arguments]))
 
-    ensure_torchvision()
-    for name in names:
-        importlib.import_module(name)
+
+def import_libraries(copy: Path, tests: Sequence[str]) -> None:
+    """Import here what tests import, but for the copy itself: each mutant's tests run in a fork of this process."""
+    listed = copy / "imported"
+    child = os.fork()
+    if child == 0:
+        try:
+            run_pytest(copy, ["--collect-only", *tests])
+            files = {name: getattr(module, "__file__", None) or "" for name, module in [*sys.modules.items()]}
+            listed.write_text("\n".join(name for name, file in files.items() if not file.startswith(str(copy))))
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    if not listed.exists():
+        sys.exit(f"{', '.join(tests)} cannot be collected")
+    for name in listed.read_text().split("\n"):
+        with suppress(Exception):
+            importlib.import_module(name)
 
 
 def passes(copy: Path, tests: Sequence[str], timeout_s: float) -> bool:
@@ -150,27 +179,9 @@ def passes(copy: Path, tests: Sequence[str], timeout_s: float) -> bool:
     child = os.fork()
     if child == 0:
         os.setsid()
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(nothing, stream)
         status = 1
         try:
-            import pytest
-
-            os.chdir(copy)
-            arguments = [
-                "-x",
-                "-q",
-                "--assert=plain",
-                "-m",
-                "not slow",
-                "-p",
-                "no:cacheprovider",
-                "-o",
-                "addopts=",
-                *tests,
-            ]
-            status = int(pytest.main(arguments))
+            status = run_pytest(copy, tests)
         finally:
             os._exit(status)
     ends = time.monotonic() + timeout_s
@@ -192,6 +203,7 @@ def survivors_of(copy: Path, module: str, settings: dict[str, Any], number: int)
     source = path.read_text(encoding="utf-8")
     tests = settings["tests"]
     chosen = mutants(source, settings.get("only", ()), number)
+    import_libraries(copy, tests)
     began = time.monotonic()
     if not passes(copy, tests, 600):
         sys.exit(f"{', '.join(tests)} fail without any change; they must pass first")
@@ -225,11 +237,13 @@ def main() -> int:
         parser.error(f"{', '.join(unknown)} not in {MODULES.name}; it lists {', '.join(modules)}")
     os.environ["OMP_NUM_THREADS"] = "1"  # threads do not live on in a fork
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whose imports take half of a mutant's time
-    sys.dont_write_bytecode = True  # a module may change twice in the tick of a clock
+    sys.dont_write_bytecode = True
     failed, lines = False, []
     with copy_of_the_tree() as copy:
         sys.path.insert(0, str(copy))
-        import_packages(settings["imports"])
+        from nexus_gen.compat import ensure_torchvision
+
+        ensure_torchvision()
         for module in arguments.modules or modules:
             began = time.monotonic()
             number, survived = survivors_of(copy, module, modules[module], arguments.sample or settings["sample"])
