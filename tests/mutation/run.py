@@ -112,7 +112,7 @@ def mutant(source: str, changed: str) -> Mutant:
 
 
 def essence(source: str) -> str:
-    """The syntax tree without annotations and docstrings."""
+    """The syntax tree without what changes no figure: annotations, and the options of class decorators."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.arg):
@@ -121,6 +121,8 @@ def essence(source: str) -> str:
             node.returns = None
         elif isinstance(node, ast.AnnAssign):
             node.annotation = ast.Constant(None)
+        elif isinstance(node, ast.ClassDef):  # whether a dataclass is frozen changes no figure
+            node.decorator_list = [getattr(decorator, "func", decorator) for decorator in node.decorator_list]
     return ast.dump(tree)
 
 
