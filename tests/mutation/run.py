@@ -112,10 +112,16 @@ def mutant(source: str, changed: str) -> Mutant:
 
 
 def essence(source: str) -> str:
-    """The syntax tree without what changes no figure: annotations, and the options of class decorators."""
+    """The syntax tree without what changes no figure: annotations, options of class decorators, `strict` of `zip`."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.arg):
+        if isinstance(node, ast.Call):
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "strict"]
+        if isinstance(node, ast.arguments):  # their names and defaults, not how they may be given
+            node.args = [*node.posonlyargs, *node.args, *node.kwonlyargs]
+            node.defaults = [*node.defaults, *filter(None, node.kw_defaults)]
+            node.posonlyargs, node.kwonlyargs, node.kw_defaults = [], [], []
+        elif isinstance(node, ast.arg):
             node.annotation = None
         elif isinstance(node, ast.FunctionDef):
             node.returns = None
@@ -222,9 +228,12 @@ def survivors_of(copy: Path, module: str, settings: dict[str, Any], number: int)
     return len(chosen), survived
 
 
-def accepted(module: str, entries: Sequence[dict[str, Any]]) -> set[tuple[str, str]]:
-    """(before, after) of the changes of a module that may survive."""
-    return {(entry["before"], entry["after"]) for entry in entries if entry["module"] == module}
+def is_accepted(one: Mutant, module: str, entries: Sequence[dict[str, Any]]) -> bool:
+    """Whether a change may survive. Entries without `after` are of any change of their line."""
+    return any(
+        entry["module"] == module and entry["before"] == one.before and entry.get("after", one.after) == one.after
+        for entry in entries
+    )
 
 
 def main() -> int:
@@ -249,7 +258,7 @@ def main() -> int:
         for module in arguments.modules or modules:
             began = time.monotonic()
             number, survived = survivors_of(copy, module, modules[module], arguments.sample or settings["sample"])
-            new = [one for one in survived if (one.before, one.after) not in accepted(module, entries)]
+            new = [one for one in survived if not is_accepted(one, module, entries)]
             caught = 1 - len(survived) / number
             failed |= bool(new) or caught < settings["caught_at_least"]
             lines.append(

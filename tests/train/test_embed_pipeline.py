@@ -152,8 +152,10 @@ def test_what_is_there_is_copied_and_rows_of_one_address_are_embedded_once(tmp_p
     fill(tmp_path / "earlier", Embedder(), [plan(0, 1)])
     embedder = Embedder()
     shard = PlannedShard("train", 0, [planned(2), planned(1), planned(5, "address2"), planned(6)])
-    filler = fill(tmp_path, embedder, [shard], earlier=[tmp_path / "earlier"])
+    filler = fill(tmp_path, embedder, [plan(0, 1, number=1), shard], earlier=[tmp_path / "earlier"])
     assert embedder.batches == [[2, 6]] and filler.embedded == 2
+    # A shard of which nothing is to be embedded is written all the same.
+    assert [facts["index"] for facts in facts_of(tmp_path / "train" / "000001.tar")] == [0, 1]
     path = tmp_path / "train" / "000000.tar"
     assert [int(read_sample(path, member)["target_embeds"][0, 0]) for member in index_shard(path)] == [2, 1, 2, 6]
     assert [facts["measured"]["gap"]["mse"] for facts in facts_of(path)] == [1.0, 0.25, 1.0, 9.0]

@@ -33,8 +33,10 @@ def write_stage(run: Path, name: str, lines: list[dict[str, float]], seconds: tu
 def test_a_row_of_a_stage_sums_what_its_starts_logged(tmp_path: Path) -> None:
     write_stage(tmp_path, "pretrain", LINES, seconds=(30.0, 12.5))
     write_stage(tmp_path, "embed_generation", [{"step": 0, "perf/samples_per_s": 40.0, "gap/mse": 1.0}])
+    write_stage(tmp_path, "standins", [])
     (tmp_path / "editing_decoder").mkdir()  # has not finished
-    pretrain, embed = stage_rows(tmp_path)
+    standins, pretrain, embed = stage_rows(tmp_path)
+    assert (standins.name, standins.steps, standins.samples_per_s) == ("standins", 0, 0)
     assert (pretrain.name, pretrain.made, pretrain.commit) == ("pretrain", "pretrain made", "commit of pretrain")
     assert (pretrain.seconds, pretrain.processes, pretrain.steps) == (42.5, 4, 10)
     assert pretrain.config == "stage: pretrain\n"
