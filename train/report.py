@@ -109,30 +109,35 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 def loss_curves(run: Path) -> list[dict[str, Any]]:
     """One SVG per loss, with the first and the last value that was logged: the smoothed curve lags behind them."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
     curves = []
     for stage, losses in LOSSES.items():
         metrics = read_metrics(run / stage)
         for metric, label in losses.items():
             points = [(row["step"], row[metric]) for row in metrics if metric in row]
-            if not points:
-                continue
-            steps, values = zip(*points, strict=True)
-            figure, axes = pyplot.subplots(figsize=(4.2, 2.6), layout="constrained")
-            axes.plot(steps, values, color="#9db7d5", linewidth=0.8)
-            axes.plot(steps, smoothed(values), color="#1f5a99", linewidth=1.8)
-            axes.set(title=f"{stage}: {label}", xlabel="optimizer step", ylim=(0, 1.05 * max(values)))
-            axes.spines[["top", "right"]].set_visible(False)
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", metadata={"Date": None})
-            pyplot.close(figure)
-            svg = buffer.getvalue()
-            curves.append({"svg": svg[svg.index("<svg") :], "first": values[0], "last": values[-1]})
+            if points:
+                steps, values = zip(*points, strict=True)
+                svg = draw_curve(steps, values, f"{stage}: {label}")
+                curves.append({"svg": svg, "first": values[0], "last": values[-1]})
     return curves
+
+
+def draw_curve(steps: Sequence[float], values: Sequence[float], title: str) -> str:
+    """An SVG element: the values, and their smoothed curve in bold."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(4.2, 2.6), layout="constrained")
+    axes.plot(steps, values, color="#9db7d5", linewidth=0.8)
+    axes.plot(steps, smoothed(values), color="#1f5a99", linewidth=1.8)
+    axes.set(title=title, xlabel="optimizer step", ylim=(0, 1.05 * max(values)))
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]
 
 
 def data_url(image: Image.Image) -> str:
