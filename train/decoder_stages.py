@@ -145,7 +145,8 @@ class DecoderStage(Stage[DecoderConfig]):
         )
         average = None
         if config.average.decay:
-            average = WeightAverage(module.decoder, config.average.decay, self.rank, self.world_size)
+            kept = config.average
+            average = WeightAverage(module.decoder, kept.decay, self.rank, self.world_size, kept.initial)
         exported = average if config.average.export == "average" else None
         clock = StepClock()
         monitor = DecoderMonitor(config, metrics, self.rank, self.world_size, dtype, exported, clock)

@@ -263,7 +263,8 @@ class PretrainPipeline(SwiftSft):
         trainer.add_callback(step_metrics)
         trainer.add_callback(NewPlan())
         if config.average.decay:
-            self.average = WeightAverage(self.model, config.average.decay, self.rank, self.world_size)
+            kept = config.average
+            self.average = WeightAverage(self.model, kept.decay, self.rank, self.world_size, kept.initial)
             trainer.add_callback(Averaging(self.average, directory))
         generates = not config.data.dynamic_targets  # pictures of one grid are generated together
         trainer.add_callback(

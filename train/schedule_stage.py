@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from nexus_gen.conversation import collate, encode, patches, target_size
 from nexus_gen.decoders import build_editing_decoder, build_generation_decoder
 from nexus_gen.flow_match import flow_match_loss
 from nexus_gen.specs.artifact import write_text_atomic
-from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS
+from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS, REFERENCE_GRID
 from nexus_gen.specs.images import open_image, squash
 from nexus_gen.specs.models import find_decoder
 from nexus_gen.text_encoders import encode_pooled
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 TASK_OF = {GENERATION: "generation", EDITING: "editing"}
 GUIDANCE = 3.5  # any value costs the same and says the same of what is new
 EVALUATION_S = 45.0  # of the scores at the end of the pipeline
+EMBED_OVERHEAD = 1.3  # over the models' passes: reading, writing, held-out rows and those of rehearsal
 TIMED_PASSES = 3
 
 
@@ -119,9 +121,13 @@ class Measuring:
         for kind, task in TASK_OF.items():
             if counts.get(task):
                 decoders[kind] = self.decoder_facts(kind, counts[task], latents, embeds, passes)
-        embedded = sum(counts.get(task, 0) for task in TASK_OF.values())
+        few = pictures[:4]
+        side_of = {GENERATION: side, EDITING: REFERENCE_GRID * self.processor.image_processor.patch_size}
         fixed_s = STAGE_START_S * (2 + 2 * len(decoders)) + EVALUATION_S
-        fixed_s += embedded * (vae_s + predict_s) / self.stage.world_size
+        for kind, decoder in decoders.items():  # whose embeddings are made first
+            with torch.no_grad():
+                tower_s = self.seconds(partial(self.embed, language, few, side_of[kind])) / len(few)
+            fixed_s += EMBED_OVERHEAD * decoder.rows * (vae_s + predict_s + tower_s) / self.stage.world_size
         return Facts(
             rows=self.num_rows,
             batch_size=batch_size,

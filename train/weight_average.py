@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 FILE = "average-{rank:05d}-of-{world_size:05d}.safetensors"
 FILES = "average-*.safetensors"
+FIRST = "first."  # before the names of the weights that training began with
 WARMUP = 10  # steps: the average of a young model forgets faster
 
 
@@ -32,18 +33,24 @@ def decay_at(step: int, decay: float) -> float:
 class WeightAverage:
     """Follows the trainable parameters of `module`; every process has to make every call.
 
-    decay: in (0, 1). The average begins at the weights when `start` is called.
+    decay: in (0, 1). The average begins at the weights when `start` is called. initial: share of these weights in what
+    `gather` and `applied` give; they are kept for it.
+    Source of `initial`: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models".
     """
 
-    def __init__(self, module: nn.Module, decay: float, rank: int, world_size: int) -> None:
+    def __init__(self, module: nn.Module, decay: float, rank: int, world_size: int, initial: float = 0.0) -> None:
         self.decay = decay
+        self.initial = initial
         self.rank, self.world_size = rank, world_size
         self.parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         self.shares: dict[str, Tensor] = {}
+        self.first_shares: dict[str, Tensor] = {}  # with `initial` alone
         self.num_updates = 0
 
     def start(self) -> None:
         self.shares = {name: self._master_share(own).float().clone() for name, own in self.parameters.items()}
+        if self.initial:
+            self.first_shares = {name: share.clone() for name, share in self.shares.items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -56,7 +63,7 @@ class WeightAverage:
         """The whole average in the parameters' dtype on the CPU of rank zero, by name; nothing on the others."""
         gathered = {}
         for name, parameter in self.parameters.items():
-            whole = self._whole(self.shares[name].to(parameter.dtype), parameter)
+            whole = self._whole(self._result(name).to(parameter.dtype), parameter)
             if self.rank == 0:
                 gathered[name] = whole.cpu()
         return gathered
@@ -65,7 +72,7 @@ class WeightAverage:
     def applied(self) -> Iterator[None]:
         """The average in place of the weights; afterwards they are back, bit for bit."""
         kept = {name: self._share(parameter).clone() for name, parameter in self.parameters.items()}
-        self._write(self.shares)
+        self._write({name: self._result(name) for name in self.shares})
         try:
             yield
         finally:
@@ -73,7 +80,8 @@ class WeightAverage:
 
     def save(self, directory: Path) -> None:
         """This process's file of a checkpoint."""
-        tensors = {name: share.cpu().contiguous() for name, share in self.shares.items()}
+        stored = {**self.shares, **{FIRST + name: share for name, share in self.first_shares.items()}}
+        tensors = {name: share.cpu().contiguous() for name, share in stored.items()}
         path = directory / FILE.format(rank=self.rank, world_size=self.world_size)
         save_file(tensors, path, metadata={"num_updates": str(self.num_updates)})
 
@@ -81,15 +89,24 @@ class WeightAverage:
         """Go on from a checkpoint, of whatever number of processes."""
         with_files = [safe_open(path, "pt") for path in sorted(directory.glob(FILES))]
         self.num_updates = int(with_files[0].metadata()["num_updates"])
-        own = len(with_files) == self.world_size
         for name, parameter in self.parameters.items():
-            if own:
-                share = with_files[self.rank].get_tensor(name)
-            else:
-                share = self._cut(torch.cat([file.get_tensor(name) for file in with_files]))
-            self.shares[name] = share.to(self._share(parameter).device)
+            device = self._share(parameter).device
+            self.shares[name] = self._stored(with_files, name).to(device)
+            if self.initial:
+                self.first_shares[name] = self._stored(with_files, FIRST + name).to(device)
 
     # -- shares
+
+    def _result(self, name: str) -> Tensor:
+        """This process's part of the average, with its share of the first weights."""
+        own = self.shares[name]
+        return own.lerp(self.first_shares[name], self.initial) if self.initial else own
+
+    def _stored(self, files: list[Any], name: str) -> Tensor:
+        """This process's part of a tensor in the files of a checkpoint."""
+        if len(files) == self.world_size:
+            return files[self.rank].get_tensor(name)
+        return self._cut(torch.cat([file.get_tensor(name) for file in files]))
 
     def _cut(self, flat: Tensor) -> Tensor:
         """This process's part of a whole parameter."""

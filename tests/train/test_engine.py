@@ -111,7 +111,7 @@ def config(inputs: Path, runs_dir: Path, stage: str = "generation_decoder", deco
         "resume": True,
         "shards": str(inputs / "shards"),
         "init": {"decoder": decoder, "transformer": "", **own["init"]},
-        "average": {"decay": 0.0, "export": "raw"},
+        "average": {"decay": 0.0, "export": "raw", "initial": 0.0},
         "heldout": {"every_steps": 2, "num_samples": 3},
         "samples": {"every_steps": 0, "num_pictures": 2},
         "model": model,
@@ -273,7 +273,7 @@ def test_a_stage_exports_the_weights_of_its_choice_and_measures_those(
 ) -> None:
     """Training is a step that adds 0.01 to every weight; of the average, a tenth is the start then."""
     own = {
-        "average": AverageConfig(0.9, export),
+        "average": AverageConfig(0.9, export, 0.0),
         "samples": SamplesConfig(0, 0),
         "heldout": HeldoutConfig(every_steps=0, num_samples=2),
     }

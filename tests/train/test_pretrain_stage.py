@@ -136,7 +136,7 @@ def test_the_weights_of_choice_are_exported(decay: float, export: str, rank: int
     model.weight.data.fill_(2.0)
     whole = {name: tensor.clone() for name, tensor in model.state_dict().items()} if rank == 0 else {}
     pipeline: Any = object.__new__(PretrainPipeline)
-    pipeline.config = SimpleNamespace(average=AverageConfig(decay, export))
+    pipeline.config = SimpleNamespace(average=AverageConfig(decay, export, 0.0))
     pipeline.average, pipeline.rank = average, rank
     accelerator = SimpleNamespace(get_state_dict=lambda engine: whole)
     pipeline.trainer = SimpleNamespace(accelerator=accelerator, deepspeed=None)

@@ -147,3 +147,25 @@ def test_what_zero_3_fills_up_is_no_part_of_a_share() -> None:
         partition = torch.arange(-(-5 // world_size))
         made = [WeightAverage(Model(), 0.9, rank, world_size) for rank in range(world_size)]
         assert [len(average._unpadded(partition, parameter)) for average in made] == sizes
+
+
+def test_a_share_of_the_first_weights_stays_in_what_is_measured_and_exported(tmp_path: Path) -> None:
+    """A quarter of the start beside three quarters of the average, on two processes and after a checkpoint on one."""
+    wanted = whole(0.25 * VALUES[0] + 0.75 * averaged(0.9))
+    for rank in range(2):
+        model = Model()
+        model.be(VALUES[0])
+        average = WeightAverage(model, 0.9, rank, 2, initial=0.25)
+        average.start()
+        follow(average, model, VALUES[1:3])
+        average.save(tmp_path)
+    model = Model()
+    model.be(100.0)  # not what training began with
+    average = WeightAverage(model, 0.9, 0, 1, initial=0.25)
+    average.load(tmp_path)
+    follow(average, model, VALUES[3:])
+    torch.testing.assert_close(average.gather(), wanted, rtol=1e-6, atol=1e-6)
+    with average.applied():
+        applied = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "frozen"}
+    torch.testing.assert_close(applied, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(average.shares["vector"], torch.full((2,), -averaged(0.9)), rtol=1e-6, atol=1e-6)

@@ -164,11 +164,13 @@ class TrainerConfig:
 class AverageConfig:
     """An exponential moving average of the weights, in float32. decay: per step, rising to this value; 0 keeps none.
 
-    export: which weights become the artifact and are measured on held-out data, `average` or `raw`.
+    export: which weights become the artifact and are measured on held-out data, `average` or `raw`. initial: share of
+    the weights that training began with in the exported average: a finetuned model keeps more of what it knew.
     """
 
     decay: float
     export: str
+    initial: float
 
     def check(self) -> None:
         if not 0 <= self.decay < 1:
@@ -176,6 +178,12 @@ class AverageConfig:
         one_of("average.export", self.export, "average", "raw")
         if self.export == "average" and self.decay == 0:
             raise UserError("average.export is 'average' and average.decay 0 keeps none; give a decay such as 0.999")
+        if not 0 <= self.initial < 1:
+            raise UserError(f"average.initial is {self.initial}; it is a share from 0 to below 1")
+        if self.initial and self.export == "raw":
+            raise UserError(
+                f"average.initial {self.initial} has no effect with average.export=raw; give average instead"
+            )
 
 
 @dataclass

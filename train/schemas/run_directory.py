@@ -40,6 +40,7 @@ REQUEST = "from.json"  # in the run: the from=... that is under way
 # Keys that configs of earlier versions lack, with the values that stand for what those versions did.
 ADDED_SINCE: dict[str, Any] = {
     "objective.round_positions": True,
+    "average.initial": 0.0,
     "embed.pixels": "squash",
     "data.token_budget": 0,
     "data.quarantine": [],
