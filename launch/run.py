@@ -71,7 +71,7 @@ def parser() -> Parser:
         "A larger trainer.max_steps, data.num_epochs or data.token_budget trains on, too. The learning rate\n"
         "then follows the longer schedule.\n\n"
         "pipeline=finetune and pipeline=tiny_messages set steps and learning rates by your rows and pictures, within\n"
-        "budget_minutes=10 on this machine; keys that you give stay as you give them.\n\n"
+        "budget_minutes=11 on this machine; keys that you give stay as you give them.\n\n"
         "Exit status: 0 done, 1 failed, 2 a mistake told in one sentence, 3 stopped by a signal after saving.",
     )
     result.add_argument("overrides", nargs="*", metavar="key=value", help="stage=..., pipeline=..., and values")

@@ -97,7 +97,7 @@ def test_stages_without_rows_are_left_out(
     said = capsys.readouterr().out
     assert [name for name in names if f"stage {name} ->" in said] == [name for name in names if name not in idle]
     assert ("left out are" in said) == bool(idle) and all(name in said for name in idle)
-    assert "10 minutes in all" in said
+    assert "11 minutes in all" in said
 
 
 def test_a_budget_of_nothing_is_refused(tmp_path: Path) -> None:
