@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 
+from nexus_gen.specs.errors import UserError
+from train.schemas.common import AverageConfig
 from train.weight_average import WeightAverage, decay_at
 
 
@@ -169,3 +171,16 @@ def test_a_share_of_the_first_weights_stays_in_what_is_measured_and_exported(tmp
         applied = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "frozen"}
     torch.testing.assert_close(applied, wanted, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(average.shares["vector"], torch.full((2,), -averaged(0.9)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (AverageConfig(0.9, "average", 1.0), r"average.initial is 1.0; it is a share from 0 to below 1"),
+        (AverageConfig(0.9, "average", -0.1), r"average.initial is -0.1"),
+        (AverageConfig(0.0, "raw", 0.2), r"average.initial 0.2 has no effect with average.export=raw"),
+    ],
+)
+def test_a_share_that_cannot_be_kept_is_refused(config: AverageConfig, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        config.check()
