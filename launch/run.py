@@ -167,8 +167,8 @@ def compose_pipeline(
     """
     plan = read_plan(pipeline)
     plan["stages"] = [stage for stage in plan["stages"] if stage not in left_out]
-    overrides = [*map(Override.of_config, plan["overrides"]), *given]
-    return compose_plan(plan, overrides, f"pipeline={unquoted(pipeline)}", compose)
+    own = [Override.of_config(text) for text in plan["overrides"]]
+    return compose_plan(plan, [*own, *given], f"pipeline={unquoted(pipeline)}", compose, own if left_out else ())
 
 
 def compose_plan(
@@ -176,8 +176,12 @@ def compose_plan(
     overrides: list[Override],
     what: str,
     compose: Callable[[list[Override]], StageConfig] = compose_stage,
+    may_miss: Collection[Override] = (),
 ) -> list[StageConfig]:
-    """One config for each of plan["stages"], by its file of plan["experiments"]; `what` names the plan in errors."""
+    """One config for each of plan["stages"], by its file of plan["experiments"]; `what` names the plan in errors.
+
+    may_miss: overrides that need no stage to read them.
+    """
     stages: list[str] = plan["stages"]
     reached = {override: False for override in overrides}
     configs = []
@@ -192,7 +196,7 @@ def compose_plan(
                 reached[override] = True
         configs.append(compose(own))
     for override, has_effect in reached.items():
-        if not has_effect:
+        if not has_effect and override not in may_miss:
             refuse_misspelt_stage(override, stages)
             valid = {key for stage in stages for key in keys(stage)} | set(GROUPS_OF_ALL)
             raise UserError(f"no stage of {what} has the key '{override.key}'{nearest(override.key, valid)}")

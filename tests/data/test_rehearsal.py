@@ -135,8 +135,9 @@ def test_the_rows_that_ship_are_few_enough_to_ship() -> None:
 
 
 def test_the_check_of_a_config_finds_heldout_rows_among_those_rehearsed(
-    files: Path, capsys: pytest.CaptureFixture[str]
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # of the table that it prints
     data = {"train": "own.jsonl", "heldout": "heldout.jsonl", "rehearsal": 0.2, "rehearsal_rows": "old.jsonl"}
     (files / "heldout.jsonl").write_text((files / "old.jsonl").read_text().splitlines()[3] + "\n")
     paths = {key: str(files / of) if key in ("train", "heldout", "rehearsal_rows") else of for key, of in data.items()}

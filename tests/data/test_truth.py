@@ -66,7 +66,10 @@ def test_the_rows_that_ship_are_of_the_form() -> None:
     assert all(map(has_scenes, rows))
 
 
-def test_the_doctor_names_file_line_and_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_names_file_line_and_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # of the table that it prints
     Image.radial_gradient("L").save(tmp_path / "a.png")
     rows = [{**MAKES, "truth": {"label": "cat"}}, {**ASKS, "truth": {"lable": "cat"}}, ASKS]
     path = tmp_path / "rows.jsonl"

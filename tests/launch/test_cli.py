@@ -231,14 +231,18 @@ def test_a_dataset_row_with_too_few_images_is_refused_before_anything_starts(tmp
 
 
 @pytest.mark.parametrize(
-    ("num_editing", "sentence"),
+    ("plan", "num_editing", "sentence"),
     [
-        (0, "rows.jsonl holds no editing rows (it has {'generation': 8}); stage=embed_editing needs some"),
-        (1, "rows.jsonl (editing rows and rehearsal) holds 2 train samples, fewer than one global batch of 8;"),
+        ("demo", 0, "rows.jsonl holds no editing rows (it has {'generation': 8}); stage=embed_editing needs some"),
+        (
+            "finetune",
+            1,
+            "rows.jsonl (editing rows and rehearsal) holds 2 train samples, fewer than one global batch of 8;",
+        ),
     ],
 )
 def test_rows_that_a_later_stage_cannot_use_are_refused_before_the_first_one_starts(
-    num_editing: int, sentence: str, tmp_path: Path
+    plan: str, num_editing: int, sentence: str, tmp_path: Path
 ) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     painted = {"role": "assistant", "content": "<image>"}
@@ -248,7 +252,7 @@ def test_rows_that_a_later_stage_cannot_use_are_refused_before_the_first_one_sta
     rows.write_text("".join(json.dumps(row) + "\n" for row in [drawn] * 8 + [edited] * num_editing))
     data = [f"data.train={rows}", f"data.heldout={rows}", "trainer.micro_batch_size=4", "trainer.global_batch_size=8"]
     place = ["name=mine", f"runs_dir={tmp_path}/runs"]
-    ran = nexus_gen("run", "pipeline=finetune", *place, *data, cwd=SHIPPED_RUN.parents[1])
+    ran = nexus_gen("run", f"pipeline={plan}", *place, *data, cwd=SHIPPED_RUN.parents[1])
     assert ran.returncode == 2 and len(ran.stderr.strip().splitlines()) == 1, ran.stderr
     assert sentence in ran.stderr
     assert not (tmp_path / "runs").exists()

@@ -330,6 +330,12 @@ def test_a_pipeline_takes_it_without_the_rows_that_it_was_started_with(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [f"runs_dir={place / 'runs'}", "name=mine"]
+    pictures = {"generation": (["a.png"], "Draw."), "editing": (["a.png", "a.png"], "<image> Again.")}
+    for images, user in pictures.values():
+        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": "<image>"}]
+        with open(place / "train.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"source": "own", "images": images, "messages": messages}) + "\n")
+    (place / "a.png").write_bytes(b"")  # named, and not opened here
     configs = run.compose_pipeline("finetune", list(map(Override.parse, [*given(place)[:4]])))
     for config in configs:
         config.run_dir.mkdir(parents=True)
@@ -338,6 +344,12 @@ def test_a_pipeline_takes_it_without_the_rows_that_it_was_started_with(
     printed = capsys.readouterr().out
     lengths = [line.split()[1] for line in printed.splitlines() if line.startswith("  training: ")]
     assert lengths == ["700", "90", "40"]
+    rows = (place / "train.jsonl").read_text().splitlines()
+    (place / "train.jsonl").write_text("\n".join(rows[:-1]) + "\n")  # the one of an edit is gone
+    assert run.main(["run", "pipeline=finetune", *words, "generation_decoder.more=1.5x", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "train.jsonl holds no editing rows: left out are embed_editing, editing_decoder" in printed
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith("  training: ")] == ["700", "90"]
     with pytest.raises(UserError, match=r"from=\.\.\. makes an artifact again, and more=\.\.\. trains on from it"):
         run.main(["run", "pipeline=finetune", *words, "more=2x", "from=pretrain"])
 

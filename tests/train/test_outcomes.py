@@ -339,5 +339,5 @@ def test_rows_whose_truth_is_not_one_are_refused(change: dict[str, Any], sentenc
     assert require_truth(row) is row.truth
     with pytest.raises(UserError, match=sentence):
         require_truth(dataclasses.replace(row, truth={**(row.truth or {}), **change}))
-    with pytest.raises(UserError, match="no ground truth"):
+    with pytest.raises(UserError, match="truth lacks language; rows with scenes need category, language, scenes"):
         require_truth(dataclasses.replace(row, truth={"category": "colour"}))
