@@ -20,7 +20,7 @@ NEW_RATE = {PRETRAIN: 1.5e-3, GENERATION: 1.5e-3, EDITING: 1.5e-3}
 KNOWN_RATE = {PRETRAIN: 7.0e-4, GENERATION: 2.0e-4, EDITING: 1.0e-5}
 IS_NEW = 0.15  # share of the way from what the decoder shipped with to knowing nothing
 # What a step costs beyond its passes: optimizer, exchange between processes, loader. Measured on two cores.
-STEP_OVERHEAD = {PRETRAIN: 1.9, GENERATION: 1.4, EDITING: 1.1}
+STEP_OVERHEAD = {PRETRAIN: 1.9, GENERATION: 1.4, EDITING: 1.2}
 STAGE_START_S = 9.0  # imports, loading and writing of a stage, while the one before it runs for a part
 POOR_PSNR = 25.0  # dB; below it a reconstruction is visibly blurred
 

@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 
 TASK_OF = {GENERATION: "generation", EDITING: "editing"}
 GUIDANCE = 3.5  # any value costs the same and says the same of what is new
-EVALUATION_S = 45.0  # of the scores at the end of the pipeline
-EMBED_OVERHEAD = 1.3  # over the models' passes: reading, writing, held-out rows and those of rehearsal
+EVALUATION_S = 60.0  # of the scores at the end of the pipeline
+EMBED_OVERHEAD = 1.8  # over the models' passes: reading, writing, held-out rows and those of rehearsal
 TIMED_PASSES = 3
 
 
