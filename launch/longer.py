@@ -162,7 +162,7 @@ def base_of(config: StageConfig) -> StageConfig:
 
 
 def is_fulfilled(run: Path) -> bool:
-    """Whether every stage of a run's request has an artifact of the length that was asked for."""
+    """Whether every stage of a run's request has an artifact of the requested length."""
     entries = read_request(run).items()
     return all(made_length(run / stage / "artifact") == entry["values"][-1] for stage, entry in entries)
 
@@ -194,6 +194,6 @@ def record_request(configs: Iterable[StageConfig], factors: Mapping[str, float])
 
 
 def forget_fulfilled(run: Path) -> None:
-    """What is asked for after this counts from here."""
+    """Later requests multiply the length reached by then."""
     if is_fulfilled(run):
         (run / REQUEST).unlink(missing_ok=True)

@@ -79,25 +79,24 @@ def found_again(name: str, found: Sequence[dict[str, Any]]) -> dict[str, Score]:
             scores[f"{name}/retrieval_top{top}"] = with_chance(
                 proportion([one["rank"] <= top for one in among]), [top / one["among"] for one in among]
             )
-    for reading in READINGS:
-        read = [one[reading] for one in found if reading in one]
-        if read:
-            scores[f"{name}/{reading}_top1"] = with_chance(
-                proportion([one["right"] for one in read]), [one["chance"] for one in read]
-            )
-    return scores
+    return scores | read_scores(f"{name}/", found, "right")
 
 
 def true_scores(phase: str, found: Sequence[dict[str, Any]]) -> dict[str, Score]:
     """How often the probes read the true pictures themselves right: what perfect ones could expect."""
-    scores: dict[str, Score] = {}
-    for reading in READINGS:
-        read = [one[reading] for one in found if reading in one]
-        if read:
-            scores[f"{phase}/true_{reading}_top1"] = with_chance(
-                proportion([one["true_right"] for one in read]), [one["chance"] for one in read]
-            )
-    return scores
+    return read_scores(f"{phase}/true_", found, "true_right")
+
+
+def read_scores(prefix: str, found: Sequence[dict[str, Any]], right: str) -> dict[str, Score]:
+    """PREFIX{reading}_top1 for each reading that pictures have; right: the key that says whether it was right."""
+    readings = {reading: [one[reading] for one in found if reading in one] for reading in READINGS}
+    return {
+        f"{prefix}{reading}_top1": with_chance(
+            proportion([one[right] for one in read]), [one["chance"] for one in read]
+        )
+        for reading, read in readings.items()
+        if read
+    }
 
 
 def change_scores(outcomes: Sequence[Outcome]) -> dict[str, Score]:

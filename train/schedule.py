@@ -52,7 +52,7 @@ class DecoderFacts:
 class Facts:
     """rows: of training, all tasks. batch_size: rows of a step. step_s: of pretraining. psnr: of the autoencoder on the
     run's pictures, in dB. spread: mean cosine distance of different pictures' tower embeddings. fixed_s: what the run
-    takes beside training. starts_from_weights: whether the language model knows the tasks already."""
+    takes beside training."""
 
     rows: int
     batch_size: int

@@ -5,10 +5,11 @@ the stage times the same passes at the same time, as training will have them com
 Legend: P pictures, B micro batch, N target tokens, D embedding width.
 """
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -31,6 +32,7 @@ from nexus_gen.conversation import collate, encode, patches, target_size
 from nexus_gen.decoders import build_editing_decoder, build_generation_decoder
 from nexus_gen.flow_match import flow_match_loss
 from nexus_gen.specs.artifact import write_text_atomic
+from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS, REFERENCE_GRID
 from nexus_gen.specs.images import open_image, squash
 from nexus_gen.specs.models import find_decoder
@@ -98,7 +100,7 @@ class Measuring:
 
     def facts(self) -> Facts:
         config = self.config
-        pictures = self.pictures(self.rows)[: config.schedule.num_pictures]
+        pictures = self.pictures(self.rows)
         vae = load_vae(config.model.flux, config.model.vae, self.dtype, self.device).eval()
         with torch.no_grad():
             latents, psnr = self.reconstruct(vae, pictures)
@@ -140,9 +142,15 @@ class Measuring:
 
     def pictures(self, rows: list[Row]) -> list[Image.Image]:
         """The pictures that the rows' replies show, and where none does those that are looked at."""
-        targets = [row.images[-1] for row in rows if row.num_targets]
-        chosen = targets or [image for row in rows for image in row.images[:1]]
-        return [open_image(image) for image in islice(chosen, self.config.schedule.num_pictures)]
+        making = [row for row in rows if row.num_targets] or [row for row in rows if row.images]
+        chosen = islice(shown(making), self.config.schedule.num_pictures)
+        found = [images[-1 if row.num_targets else 0] for row, images in chosen]
+        if not found:
+            raise UserError(
+                f"{self.config.data.train}: none of {len(rows)} rows looked at shows a picture that can be read; "
+                "`nexus-gen data check` names what is wrong, and stage=pretrain trains on text alone"
+            )
+        return found
 
     def reconstruct(self, vae: Any, pictures: list[Image.Image]) -> tuple[Tensor, float]:
         """Latents (P, C, h, w), and the mean over the pictures of 10 log10(4 / MSE) in [-1, 1], in dB."""
@@ -166,11 +174,11 @@ class Measuring:
             encode(
                 self.processor,
                 row.messages,
-                [open_image(image) for image in row.images],
+                pictures,
                 config.data.max_pixels,
                 num_target_tokens=config.model.num_target_tokens,
             )
-            for row in self.rows[: 2 * config.trainer.micro_batch_size]
+            for row, pictures in islice(shown(self.rows), 2 * config.trainer.micro_batch_size)
         ]
         size = config.trainer.micro_batch_size
         batches = [
@@ -278,6 +286,13 @@ def readable(mixture: Mixture, count: int) -> Iterator[Row]:
             yield mixture.row(mixture.draw(position))
         except RowError:
             continue
+
+
+def shown(rows: Sequence[Row]) -> Iterator[tuple[Row, list[Image.Image]]]:
+    """Rows with their pictures, without the rows of which one cannot be opened: training names those."""
+    for row in rows:
+        with contextlib.suppress(UserError):
+            yield row, [open_image(image) for image in row.images]
 
 
 def as_pixels(image: Image.Image) -> Tensor:

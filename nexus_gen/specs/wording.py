@@ -109,7 +109,7 @@ class Words:
 
 
 def begins_with(words: str, lead: str) -> bool:
-    """Whether words begin as a template does, in letters of any size, and go on behind that."""
+    """Whether words start with a template's lead, in upper or lower case, and say more after it."""
     words = words.lstrip().lower()
     return bool(lead) and words.startswith(lead.lower()) and words != lead.lower()
 

@@ -182,7 +182,7 @@ def test_shards_are_shuffled_and_samples_within_eight_of_them(imagined: Path) ->
         shards = [index // 2 for index in order]
         assert len(set(shards[:16])) == 8 and set(shards[16:]).isdisjoint(shards[:16])
         assert sum(one == two for one, two in pairwise(shards)) < 5  # pairs of a shard; all ten, were it not mixed
-    # As it has always been: what resumes goes on in the order in which it began.
+    # The order must never change: a run resumes in the order in which it started.
     generator = np.random.default_rng((7, 1))
     shuffled = generator.permutation(10).tolist()
     first = generator.permutation([index for shard in shuffled[:8] for index in (2 * shard, 2 * shard + 1)])

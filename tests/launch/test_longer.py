@@ -1,4 +1,4 @@
-"""A training stage whose length alone has changed, and `more=2x`: what goes on from where, and what is said of it."""
+"""A training stage whose length alone has changed, and `more=2x`: where it resumes, and what it reports."""
 
 import dataclasses
 import json

@@ -1,5 +1,6 @@
 """What stage=schedule measures, on values that are known beforehand."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.messages import Row
+from nexus_gen.specs.errors import UserError
 from train.schedule_stage import Measuring, as_pixels, resampled, spread
 
 
@@ -55,3 +58,36 @@ def test_the_reconstruction_is_in_dB_of_the_whole_range() -> None:
     latents, psnr = measuring.reconstruct(Blurred(0.2), pictures)
     assert latents.shape == (2, 3, 4, 4)
     assert psnr == pytest.approx(20.0, abs=1e-3)  # 10 log10(4 / 0.04)
+
+
+def row(*images: Path, makes: bool) -> Row:
+    tags = "<image>" * len(images)
+    messages = [
+        {"role": "user", "content": "" if makes else tags},
+        {"role": "assistant", "content": tags if makes else "A dot."},
+    ]
+    task = "generation" if makes else "understanding"
+    return Row("id", "own", list(images), messages, task, "rows.jsonl:1", [{"": [m["content"]]} for m in messages])
+
+
+def test_pictures_that_cannot_be_opened_are_passed_over_and_replies_come_first(tmp_path: Path) -> None:
+    paths = {}
+    for name, grey in (("made", 10), ("seen", 20)):
+        paths[name] = tmp_path / f"{name}.png"
+        Image.new("RGB", (4, 4), (grey, grey, grey)).save(paths[name])
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    measuring: Any = object.__new__(Measuring)
+    measuring.config = SimpleNamespace(
+        schedule=SimpleNamespace(num_pictures=2), data=SimpleNamespace(train="rows.jsonl")
+    )
+    seen, made, cut = row(paths["seen"], makes=False), row(paths["made"], makes=True), row(broken, makes=True)
+
+    def greys(*rows: Row) -> list[int]:
+        return [picture.getpixel((0, 0))[0] for picture in measuring.pictures(list(rows))]
+
+    assert greys(seen, cut, made) == [10]
+    assert greys(seen) == [20]
+    assert greys(made, made, made) == [10, 10]
+    with pytest.raises(UserError, match=r"rows.jsonl: none of 1 rows looked at shows a picture that can be read"):
+        greys(cut)
