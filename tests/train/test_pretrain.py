@@ -39,13 +39,6 @@ def process_group() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-@pytest.fixture
-def sigterm() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 IMAGE = 9  # the id of image tokens
 
 
