@@ -41,7 +41,7 @@ ui: $(VENV)/.ready ## the weights that ship in the browser
 test: $(VENV)/.ready ## all tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-# MODULES="train/scoring.py data/quantize.py" tries changes in these alone.
+# MODULES="train/scores/scoring.py data/shards/quantize.py" tries changes in these alone.
 mutants: $(VENV)/.ready ## single-line changes of figures and choices, one by one: which ones do the tests not notice (1 hour)
 	$(BIN)/python tests/mutation/run.py $(MODULES)
 

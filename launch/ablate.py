@@ -3,7 +3,7 @@
 nexus-gen ablate reference --run runs/shapes
 nexus-gen ablate all --run runs/shapes --jobs 4 --seeds 42,43 trainer.max_steps=300
 
-An arm is an ordinary run; `nexus-gen ablate plot` (train.ablation) makes table and plot of what the arms logged.
+An arm is an ordinary run; `nexus-gen ablate plot` (train.report.ablation) makes table and plot of what the arms logged.
 """
 
 import argparse
@@ -24,15 +24,15 @@ from launch import cli
 from launch.gpus import require_gpus
 from launch.overrides import CONFIGS, Override
 from launch.run import compose_plan, describe, run_stages
+from nexus_gen.artifacts.artifact import write_text_atomic
+from nexus_gen.artifacts.results import check_result
+from nexus_gen.parts.models import SHIPPED_RUN, runs_dir
 from nexus_gen.specs.arguments import Parser, reader
-from nexus_gen.specs.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError, nearest
-from nexus_gen.specs.models import SHIPPED_RUN, runs_dir
 from nexus_gen.specs.numbers import read_whole
-from nexus_gen.specs.results import check_result
+from train.runs.parents import end_with_parent
 from train.schemas.ablation import PLAN, Ablation
 from train.schemas.fields import escaped, fingerprint_values
-from train.schemas.parents import end_with_parent
 from train.schemas.stages import StageConfig
 
 FILES = {path.stem: path for path in sorted((CONFIGS / "ablation").glob("*.yaml"))}

@@ -16,12 +16,12 @@ from omegaconf import OmegaConf
 
 from launch.compose import absolute, compose_stage, refuse_without_effect
 from launch.overrides import CONFIGS, Override, read, unquoted
-from nexus_gen.specs.artifact import MANIFEST, Manifest, write_text_atomic
+from nexus_gen.artifacts.artifact import MANIFEST, Manifest, write_text_atomic
 from nexus_gen.specs.errors import UserError, nearest
 from nexus_gen.specs.numbers import read_number
+from train.runs.directory import load_config
+from train.runs.lengths import LENGTHS, length
 from train.schemas.fields import escaped, typed
-from train.schemas.lengths import LENGTHS, length
-from train.schemas.run_directory import load_config
 from train.schemas.stages import SCHEMAS, StageConfig
 
 MORE = "more"

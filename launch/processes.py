@@ -17,11 +17,11 @@ import psutil
 from launch.gpus import uses_gpus
 from launch.lock import SUFFIX, Lock
 from launch.python_path import python_variables
-from nexus_gen.specs.artifact import write_text_atomic
+from nexus_gen.artifacts.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
+from train.runs.directory import code_version
+from train.runs.failures import STOPPED, first_failure
 from train.schemas.common import LaunchConfig
-from train.schemas.failures import STOPPED, first_failure
-from train.schemas.run_directory import code_version
 from train.schemas.stages import StageConfig, read_ahead
 
 SHUTDOWN_TIMEOUT_S = 900  # a scheduler's SIGTERM goes through torchrun; a full-size checkpoint takes minutes

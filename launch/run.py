@@ -29,10 +29,7 @@ from launch.python_path import python_variables
 from launch.scheduled import idle_stages, recorded_schedule, schedule_of, with_schedule
 from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.errors import UserError, nearest
-from train.schemas.common import LaunchConfig
-from train.schemas.failures import STOPPED
-from train.schemas.fields import as_yaml, keys
-from train.schemas.run_directory import (
+from train.runs.directory import (
     TIMING,
     beginning,
     created_at,
@@ -45,6 +42,9 @@ from train.schemas.run_directory import (
     require_artifact,
     steps_done,
 )
+from train.runs.failures import STOPPED
+from train.schemas.common import LaunchConfig
+from train.schemas.fields import as_yaml, keys
 from train.schemas.stages import SCHEMAS, ScheduleStageConfig, StageConfig, preflight_pipeline
 
 GROUPS_OF_ALL = ("model", "data", "launch", "logger", "experiment")

@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.longer import with_overrides
 from launch.overrides import Override
-from train.schemas.run_directory import identity, load_config, made_by
+from train.runs.directory import identity, load_config, made_by
 from train.schemas.stages import SCHEDULE_FILE, SCHEMAS, EmbedStageConfig, ScheduleStageConfig, StageConfig
 
 SCHEDULE = "schedule"  # the stage

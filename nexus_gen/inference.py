@@ -12,16 +12,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nexus_gen.ar_checkpoint import load_autoregressive, load_processor
-from nexus_gen.ar_generation import Progress, generate_reply, reply_text, vision_embeddings
-from nexus_gen.autoregressive import NexusGenForConditionalGeneration
-from nexus_gen.checkpoints import load_decoder, load_vae
-from nexus_gen.conversation import collate, encode, patches
-from nexus_gen.decoders import EditingDecoder, GenerationDecoder, build_editing_decoder, build_generation_decoder
-from nexus_gen.flow_match import euler_sample
-from nexus_gen.preflight import require_loadable
+from nexus_gen.decoders.checkpoint import load_decoder, load_vae
+from nexus_gen.decoders.decoders import (
+    EditingDecoder,
+    GenerationDecoder,
+    build_editing_decoder,
+    build_generation_decoder,
+)
+from nexus_gen.flux.flow_match import euler_sample
+from nexus_gen.flux.text_encoders import encode_pooled, encode_prompt
+from nexus_gen.flux.vae import FluxVae
+from nexus_gen.language.checkpoint import load_autoregressive, load_processor
+from nexus_gen.language.conversation import collate, encode, patches
+from nexus_gen.language.generate import Progress, generate_reply, reply_text, vision_embeddings
+from nexus_gen.language.model import NexusGenForConditionalGeneration
+from nexus_gen.parts.models import ModelPaths
+from nexus_gen.parts.preflight import require_loadable
+from nexus_gen.parts.wording import TRAINED, Wording
+from nexus_gen.pictures.framing import Frame, require_paintable
+from nexus_gen.pictures.images import PictureSizing, StoredImage, open_image, squash
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.framing import Frame, require_paintable
 from nexus_gen.specs.geometry import (
     REFERENCE_GRID,
     RELEASED_TARGET_TOKENS,
@@ -30,12 +40,7 @@ from nexus_gen.specs.geometry import (
     VaeGeometry,
     patches_per_side,
 )
-from nexus_gen.specs.images import PictureSizing, StoredImage, open_image, squash
-from nexus_gen.specs.models import ModelPaths
 from nexus_gen.specs.prompts import CONTROL_TOKENS, IMAGE_TAG
-from nexus_gen.specs.wording import TRAINED, Wording
-from nexus_gen.text_encoders import encode_pooled, encode_prompt
-from nexus_gen.vae import FluxVae
 
 Picture = Image.Image | str | StoredImage
 MAX_OWN_WORDS = 64  # tokens that the model may write before its picture where rows have replies of many kinds

@@ -17,7 +17,7 @@ if WORKER in os.environ:
 
 import torch  # noqa: E402 - reads the number of threads
 
-from nexus_gen.compat import ensure_torchvision  # noqa: E402
+from nexus_gen.tensors.compat import ensure_torchvision  # noqa: E402
 
 ensure_torchvision()
 

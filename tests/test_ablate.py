@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from runs import STEPS, losses, nexus_gen, started, succeed, wait_for
 
-from nexus_gen.specs.artifact import Manifest
-from train.ablation import run_facts
+from nexus_gen.artifacts.artifact import Manifest
+from train.report.ablation import run_facts
 
 pytestmark = pytest.mark.slow
 SMALLEST = (

@@ -17,15 +17,15 @@ from runs import STEPS, TRAINED, copy_run, interrupt, losses, stage_arguments, s
 from safetensors.torch import load_file
 from webdataset import TarWriter
 
-from data.mixture import Mixture
-from data.quarantine import named, read_left_out
-from data.records import open_records
-from data.shards import CONSTANTS
-from data.token_lengths import TokenLengths
-from nexus_gen.specs.artifact import Manifest, seal, verify
-from nexus_gen.specs.images import open_image
-from nexus_gen.text_encoders import encode_context, encode_pooled
-from train.schemas.run_directory import load_config
+from data.messages.token_lengths import TokenLengths
+from data.mixture.order import Mixture
+from data.mixture.quarantine import named, read_left_out
+from data.records.reading import open_records
+from data.shards.files import CONSTANTS
+from nexus_gen.artifacts.artifact import Manifest, seal, verify
+from nexus_gen.flux.text_encoders import encode_context, encode_pooled
+from nexus_gen.pictures.images import open_image
+from train.runs.directory import load_config
 from train.schemas.stages import DecoderConfig
 
 pytestmark = pytest.mark.slow

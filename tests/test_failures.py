@@ -9,10 +9,10 @@ import psutil
 import pytest
 from runs import SMALLEST, copy_run, losses, nexus_gen, run_arguments, stage_arguments, started, wait_for
 
-from data.shards import index_shard
+from data.shards.files import index_shard
 from launch.compose import Override, compose_stage
 from launch.processes import Processes
-from nexus_gen.specs.artifact import Manifest, seal
+from nexus_gen.artifacts.artifact import Manifest, seal
 
 pytestmark = pytest.mark.slow
 

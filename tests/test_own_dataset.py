@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from runs import NEXUS_GEN, TRAINED
 
-from train.schemas.run_directory import load_config
+from train.runs.directory import load_config
 from train.schemas.stages import SCHEDULE_FILE
 
 CHECKOUT = Path(__file__).parents[1]

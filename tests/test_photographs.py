@@ -10,11 +10,11 @@ from PIL import Image, ImageEnhance, ImageOps
 from runs import SMALLEST, STAGES, TRAINED, losses, nexus_gen, run_arguments, succeed
 from skimage import data
 
-from data.doctor import main as data_check
-from data.mixture import check_dataset
-from data.quarantine import read_left_out
-from nexus_gen.specs.artifact import Manifest, verify
-from nexus_gen.specs.wording import Wording
+from data.doctor.command import main as data_check
+from data.mixture.order import check_dataset
+from data.mixture.quarantine import read_left_out
+from nexus_gen.artifacts.artifact import Manifest, verify
+from nexus_gen.parts.wording import Wording
 
 pytestmark = pytest.mark.slow
 

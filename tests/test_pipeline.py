@@ -25,7 +25,7 @@ from runs import (
     succeed,
 )
 
-from nexus_gen.specs.artifact import Manifest, verify
+from nexus_gen.artifacts.artifact import Manifest, verify
 from nexus_gen.specs.errors import UserError
 
 pytestmark = pytest.mark.slow

@@ -12,9 +12,9 @@ from runs import STEPS, TRAINED, copy_run, losses, nexus_gen, stage_arguments, s
 from runs import weights as weights_of
 from safetensors.torch import save_file
 
-from nexus_gen.specs.artifact import Manifest, verify
+from nexus_gen.artifacts.artifact import Manifest, verify
 from nexus_gen.specs.errors import UserError
-from train.schemas.run_directory import load_config
+from train.runs.directory import load_config
 from train.ship import in_half_precision
 
 pytestmark = pytest.mark.slow

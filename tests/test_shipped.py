@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from runs import losses, run_arguments, succeed
 
-from data.messages import read_rows
-from data.shape_contents import ShapesConfig
-from data.shapes import draw_rows
+from data.messages.rows import read_rows
+from data.shapes.contents import ShapesConfig
+from data.shapes.dataset import draw_rows
 from launch.compose import Override
 from launch.run import compose_pipeline
-from nexus_gen.specs.artifact import Manifest, verify
-from nexus_gen.specs.images import open_image
-from nexus_gen.specs.lineage import evaluations_of, parts_of
-from nexus_gen.specs.models import DECODER_KINDS, SHIPPED_RUN, ModelPaths
-from nexus_gen.specs.tensor_headers import read_header
-from train.decoder_stages import build_initial_decoder
-from train.schemas.run_directory import load_config
+from nexus_gen.artifacts.artifact import Manifest, verify
+from nexus_gen.parts.lineage import evaluations_of, parts_of
+from nexus_gen.parts.models import DECODER_KINDS, SHIPPED_RUN, ModelPaths
+from nexus_gen.pictures.images import open_image
+from nexus_gen.tensors.headers import read_header
+from train.decoders.stage import build_initial_decoder
+from train.runs.directory import load_config
 from train.schemas.stages import DecoderConfig, ShapesStageConfig
 
 pytestmark = pytest.mark.slow

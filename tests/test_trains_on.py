@@ -13,18 +13,18 @@ from runs import STEPS, TRAINED, copy_run, losses, stage_arguments, succeed
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.loader import ShardLoader
+from data.shards.loader import ShardLoader
 from launch import cli, processes
-from nexus_gen.ar_checkpoint import load_autoregressive
-from nexus_gen.checkpoints import load_decoder
-from nexus_gen.specs.artifact import verify
-from train.decoder_stages import meta_decoder
-from train.schemas.run_directory import load_config
+from nexus_gen.artifacts.artifact import verify
+from nexus_gen.decoders.checkpoint import load_decoder
+from nexus_gen.language.checkpoint import load_autoregressive
+from train.decoders.stage import meta_decoder
+from train.runs.directory import load_config
 from train.schemas.stages import DecoderConfig, PretrainConfig
 
 pytestmark = pytest.mark.slow
 
-TELLING_WORKER = Path(__file__).parent / "telling_worker.py"
+TELLING_WORKER = Path(__file__).parent / "helpers" / "telling_worker.py"
 LONGER = STEPS + 2
 WARMUP = 2  # steps, as of runs.SMALLEST
 
@@ -94,7 +94,7 @@ def next_samples(config: PretrainConfig | DecoderConfig) -> list[int]:
     """The samples of the steps behind the first part, as training without an interruption meets them."""
     size = config.trainer.global_batch_size
     if isinstance(config, PretrainConfig):
-        return list(range(STEPS * size, LONGER * size))  # places in an order that tests/data/test_mixture.py knows
+        return list(range(STEPS * size, LONGER * size))  # places in an order that test_mixture.py knows
     loader = ShardLoader(
         config.shards,
         "train",

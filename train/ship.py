@@ -21,8 +21,7 @@ from typing import Any
 
 import yaml
 
-from nexus_gen.specs.arguments import Parser
-from nexus_gen.specs.artifact import (
+from nexus_gen.artifacts.artifact import (
     MANIFEST,
     Manifest,
     Seals,
@@ -32,12 +31,13 @@ from nexus_gen.specs.artifact import (
     seal,
     write_text_atomic,
 )
+from nexus_gen.artifacts.results import check_result
+from nexus_gen.parts.lineage import evaluations_of, flux_of_all, parts_of
+from nexus_gen.parts.models import DECODER_KINDS, ModelPaths
+from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.lineage import evaluations_of, flux_of_all, parts_of
-from nexus_gen.specs.models import DECODER_KINDS, ModelPaths
-from nexus_gen.specs.results import check_result
+from train.runs.directory import TIMING, code_version, timing_of
 from train.schemas.fields import path_values
-from train.schemas.run_directory import TIMING, code_version, timing_of
 from train.schemas.stages import SCHEMAS
 
 # stage -> patterns of what its artifact gives; `shapes` gives rows, by `ship_rows`.
@@ -197,7 +197,7 @@ def in_half_precision(source: Path, target: Path, dtype: str) -> dict[str, Loss]
     """
     import torch  # after the arguments hold
 
-    from nexus_gen.tensor_files import TensorFiles, save_tensors
+    from nexus_gen.tensors.files import TensorFiles, save_tensors
 
     tensors = dict(TensorFiles(source).items())
     losses = dict.fromkeys(DTYPES, Loss("", 0.0))

@@ -1,6 +1,6 @@
 """The first stage of the pipelines that need no download: the procedural dataset."""
 
-from data.shapes import draw_rows
+from data.shapes.dataset import draw_rows
 from train.schemas.stages import ShapesStageConfig
 from train.stage import Stage
 

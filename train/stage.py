@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import torch.distributed
 
-from nexus_gen.specs.artifact import Manifest, building, remember_sealed, seal
-from nexus_gen.specs.content import Contents
-from train.schemas.run_directory import checkpoints_identity
+from nexus_gen.artifacts.artifact import Manifest, building, remember_sealed, seal
+from nexus_gen.artifacts.content import Contents
+from train.runs.directory import checkpoints_identity
 from train.schemas.stages import StageConfig
 
 log = logging.getLogger(__name__)

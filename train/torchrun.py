@@ -9,8 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
-from train.schemas.failures import STOPPED, first_failure
-from train.schemas.parents import end_with_parent
+from train.runs.failures import STOPPED, first_failure
+from train.runs.parents import end_with_parent
 
 # They tell of every rank that died after the first; the others stay, such as those of the rendezvous.
 NOISY = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")

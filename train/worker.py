@@ -18,20 +18,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train.schemas.failures import note_failure
-from train.schemas.parents import end_with_parent
-from train.schemas.run_directory import load_config
+from train.runs.directory import load_config
+from train.runs.failures import note_failure
+from train.runs.parents import end_with_parent
 
 # stage -> class; imported when it runs, so that a stage loads only its own engine
 STAGES = {
     "shapes": "train.sources:ShapesStage",
-    "standins": "train.standins:StandinsStage",
-    "schedule": "train.schedule_stage:ScheduleStage",
-    "pretrain": "train.pretrain:PretrainStage",
-    "embed_generation": "train.embed:EmbedGenerationStage",
-    "generation_decoder": "train.decoder_stages:GenerationDecoderStage",
-    "embed_editing": "train.embed:EmbedEditingStage",
-    "editing_decoder": "train.decoder_stages:EditingDecoderStage",
+    "standins": "train.standins.stage:StandinsStage",
+    "schedule": "train.schedule.stage:ScheduleStage",
+    "pretrain": "train.pretrain.stage:PretrainStage",
+    "embed_generation": "train.embed.stage:EmbedGenerationStage",
+    "generation_decoder": "train.decoders.stage:GenerationDecoderStage",
+    "embed_editing": "train.embed.stage:EmbedEditingStage",
+    "editing_decoder": "train.decoders.stage:EditingDecoderStage",
 }
 
 
@@ -50,7 +50,7 @@ def run(stage_dir: Path, rank: int) -> None:
             "%s %s after %.0f s", config.stage, "finished" if finished else "stopped", time.monotonic() - began
         )
         if finished and config.trains:
-            from train.convergence import findings
+            from train.steps.convergence import findings
 
             if found := findings(stage.run_dir):
                 logging.getLogger(__name__).warning("%s", found)
@@ -74,7 +74,7 @@ def import_stage(stage: str, device: str) -> Any:
     """
     gc.disable()
     # The first import of torchvision must find it mended, whichever library asks for it.
-    from nexus_gen.compat import ensure_torchvision
+    from nexus_gen.tensors.compat import ensure_torchvision
 
     ensure_torchvision()
     from train.stage import device_type

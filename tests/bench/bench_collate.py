@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nexus_gen.ar_checkpoint import load_autoregressive, load_processor
-from nexus_gen.conversation import byte_patches, patches
-from nexus_gen.specs.models import SHIPPED_RUN
+from nexus_gen.language.checkpoint import load_autoregressive, load_processor
+from nexus_gen.language.conversation import byte_patches, patches
+from nexus_gen.parts.models import SHIPPED_RUN
 
 ROWS, SECONDS = 64, 2.0
 QWEN = SHIPPED_RUN / "pretrain" / "artifact"

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from data.checks import RowChecker
-from data.examine import examine, open_datasets
+from data.doctor.checks import RowChecker
+from data.doctor.examine import examine, open_datasets
 
 NUM_ROWS = 100_000
 PICTURES = 1000

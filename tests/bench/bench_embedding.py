@@ -34,7 +34,7 @@ from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
-from nexus_gen.compat import ensure_torchvision  # noqa: E402
+from nexus_gen.tensors.compat import ensure_torchvision  # noqa: E402
 
 ensure_torchvision()
 
@@ -42,13 +42,13 @@ from transformers import Qwen2VLImageProcessor  # noqa: E402
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig  # noqa: E402
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention  # noqa: E402
 
-from nexus_gen import packed_vision, vision_tower  # noqa: E402
-from nexus_gen.ar_checkpoint import SpecialTokenIds, build_autoregressive  # noqa: E402
-from nexus_gen.ar_generation import compiled_decoder_layer, decoder_layer, teacher_forced_pairs  # noqa: E402
-from nexus_gen.packed_vision import PackedVisionTower  # noqa: E402
+from nexus_gen.language import packed_vision, vision_tower  # noqa: E402
+from nexus_gen.language.checkpoint import SpecialTokenIds, build_autoregressive  # noqa: E402
+from nexus_gen.language.generate import compiled_decoder_layer, decoder_layer, teacher_forced_pairs  # noqa: E402
+from nexus_gen.language.packed_vision import PackedVisionTower  # noqa: E402
+from nexus_gen.language.vision_tower import VisionTower, grid_layout  # noqa: E402
+from nexus_gen.pictures.images import context_size, cover_crop, open_image  # noqa: E402
 from nexus_gen.specs.geometry import LanguageGeometry, VisionGeometry  # noqa: E402
-from nexus_gen.specs.images import context_size, cover_crop, open_image  # noqa: E402
-from nexus_gen.vision_tower import VisionTower, grid_layout  # noqa: E402
 
 PATCH, MERGE, WINDOW = 14, 2, 112
 TARGET_PX, REFERENCE_PX, MAX_PIXELS = 252, 504, 262_640
@@ -289,7 +289,7 @@ def deviation(actual: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def one_by_one_attention() -> Iterator[None]:
-    """transformers' own attention, one call per window, as published; nexus_gen.vision_tower replaces it on import."""
+    """transformers' own attention, one call per window, as published; `vision_tower` replaces it on import."""
     ours = Qwen2_5_VLVisionAttention.forward
     Qwen2_5_VLVisionAttention.forward = vision_tower._attend_one_by_one
     try:
@@ -608,8 +608,8 @@ def through_the_stage(
     report: Report, packed: PackedVisionTower, paths: list[Path], directory: Path, cores: int, batch: int
 ) -> float:
     """The pipeline of the embedding stages, of workers, device, packing and writing; 60 seconds at most."""
-    from data.embedding_plan import EarlierSamples, PlannedSample, PlannedShard, RowFacts
-    from train.embed_pipeline import ShardFiller, stacked
+    from data.shards.plan import EarlierSamples, PlannedSample, PlannedShard, RowFacts
+    from train.embed.pipeline import ShardFiller, stacked
 
     class Pictures:
         def prepare(self, sample: Any) -> dict[str, Tensor]:
@@ -658,8 +658,8 @@ def through_the_stage(
 @torch.no_grad()
 def autoencoder(report: Report) -> None:
     """The latents that a stage stores beside the embeddings: FLUX's VAE at 512 px, random weights."""
+    from nexus_gen.flux.vae import FluxVae
     from nexus_gen.specs.geometry import VaeGeometry
-    from nexus_gen.vae import FluxVae
 
     vae = FluxVae(VaeGeometry([128, 256, 512, 512], 2, 32, 16)).to(DEVICE, DTYPE).eval()
     pixels = torch.randn(16, 3, 512, 512, device=DEVICE, dtype=DTYPE)

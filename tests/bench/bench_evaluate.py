@@ -13,10 +13,10 @@ from pathlib import Path
 from PIL import Image
 
 from nexus_gen.inference import NexusGen
-from nexus_gen.specs.models import ModelPaths
+from nexus_gen.parts.models import ModelPaths
 from nexus_gen.specs.prompts import GENERATION_PROMPT, GENERATION_REPLY, UNDERSTANDING_PROMPT
 
-sys.path.append(str(Path(__file__).parent.parent / "train"))
+sys.path.append(str(Path(__file__).parent.parent / "helpers"))
 from tiny_qwen import write_checkpoint
 
 ROWS = 32

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nexus_gen.ar_checkpoint import SpecialTokenIds, build_autoregressive
-from nexus_gen.ar_generation import generate_reply
-from nexus_gen.autoregressive import NexusGenForConditionalGeneration
+from nexus_gen.language.checkpoint import SpecialTokenIds, build_autoregressive
+from nexus_gen.language.generate import generate_reply
+from nexus_gen.language.model import NexusGenForConditionalGeneration
+from nexus_gen.parts.models import RELEASED_LANGUAGE, RELEASED_VISION
 from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, LanguageGeometry, VisionGeometry, tokens_per_side
-from nexus_gen.specs.models import RELEASED_LANGUAGE, RELEASED_VISION
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)

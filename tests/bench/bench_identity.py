@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from data.pictures import PictureHashes, fingerprint_pictures, named_pictures
-from data.quarantine import LeftOut
-from nexus_gen.specs import content
-from nexus_gen.specs.artifact import fingerprint_path
-from nexus_gen.specs.content import CONTENTS, Contents
+from data.mixture.pictures import PictureHashes, fingerprint_pictures, named_pictures
+from data.mixture.quarantine import LeftOut
+from nexus_gen.artifacts import content
+from nexus_gen.artifacts.artifact import fingerprint_path
+from nexus_gen.artifacts.content import CONTENTS, Contents
 
 PICTURES, PICTURE_BYTES = 40_000, 20_000
 WEIGHTS_BYTES = 1 << 30
@@ -45,7 +45,7 @@ def seconds(do: Callable[[], object]) -> tuple[float, float, object]:
 
 def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content, "SETTLED_NS", 0)
-    monkeypatch.setattr("data.memory.SETTLED_NS", 0)
+    monkeypatch.setattr("data.mixture.memory.SETTLED_NS", 0)
     rows, memory = write_rows(tmp_path), tmp_path / CONTENTS
 
     def plain() -> str:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.loader import ShardLoader
-from data.shards import ShardSpec, write_shard
-from nexus_gen.specs.artifact import Manifest, seal
+from data.shards.files import ShardSpec, write_shard
+from data.shards.loader import ShardLoader
+from nexus_gen.artifacts.artifact import Manifest, seal
 
 NUM_SAMPLES, SAMPLES_PER_SHARD, BATCH_SIZE, EPOCHS = 256, 64, 4, 3
 EMBED_DIM, LATENTS = 3584, (16, 64, 64)

@@ -25,8 +25,8 @@ from safetensors.torch import save
 from torch import Tensor
 from webdataset import TarWriter
 
-from data.shards import checksum, save_samples, write_shard
-from train.embed_pipeline import quick_switches
+from data.shards.files import checksum, save_samples, write_shard
+from train.embed.pipeline import quick_switches
 
 BATCH, BATCHES, EMBED_DIM = 64, 4, 3584
 

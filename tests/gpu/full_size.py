@@ -29,11 +29,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nexus_gen.ar_checkpoint import SpecialTokenIds, build_autoregressive, load_autoregressive, save_autoregressive
-from nexus_gen.ar_generation import generate_reply
-from nexus_gen.checkpoints import load_decoder, load_flux, save_decoder, save_flux
-from nexus_gen.decoders import build_editing_decoder, build_generation_decoder
-from nexus_gen.flux import FluxTransformer
+from nexus_gen.decoders.checkpoint import load_decoder, load_flux, save_decoder, save_flux
+from nexus_gen.decoders.decoders import build_editing_decoder, build_generation_decoder
+from nexus_gen.flux.transformer import FluxTransformer
+from nexus_gen.language.checkpoint import (
+    SpecialTokenIds,
+    build_autoregressive,
+    load_autoregressive,
+    save_autoregressive,
+)
+from nexus_gen.language.generate import generate_reply
+from nexus_gen.parts.models import RELEASED, RELEASED_LANGUAGE, RELEASED_VISION
 from nexus_gen.specs.geometry import (
     NUM_REFERENCE_TOKENS,
     RELEASED_TARGET_TOKENS,
@@ -43,7 +49,6 @@ from nexus_gen.specs.geometry import (
     VisionGeometry,
     patches_per_side,
 )
-from nexus_gen.specs.models import RELEASED, RELEASED_LANGUAGE, RELEASED_VISION
 
 GB = 1e9
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h

@@ -8,13 +8,13 @@ import full_size
 import pytest
 import torch
 
-from nexus_gen.checkpoints import load_flux
-from nexus_gen.convert import convert
+from nexus_gen.commands.convert import convert
+from nexus_gen.decoders.checkpoint import load_flux
 from nexus_gen.specs.geometry import FluxGeometry
-from nexus_gen.specs.layouts import Layout, flux_sources
-from nexus_gen.specs.shapes import flux_shapes
-from nexus_gen.specs.tensor_headers import TensorHeader
-from nexus_gen.tensor_files import write_safetensors
+from nexus_gen.tensors.files import write_safetensors
+from nexus_gen.tensors.headers import TensorHeader
+from nexus_gen.tensors.layouts import Layout, flux_sources
+from nexus_gen.tensors.tensor_shapes import flux_shapes
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nexus_gen.specs.models import SHIPPED_RUN
+from nexus_gen.parts.models import SHIPPED_RUN
 
 NEXUS_GEN = str(Path(sys.executable).parent / "nexus-gen")
 FULL_SIZE = {

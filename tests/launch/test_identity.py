@@ -10,11 +10,11 @@ import pytest
 
 from launch.compose import Override, compose_stage
 from launch.run import run_stage
-from nexus_gen.specs.artifact import Manifest, digest, hash_file, seal
+from nexus_gen.artifacts.artifact import Manifest, digest, hash_file, seal
+from nexus_gen.parts.models import SHIPPED_RUN
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.models import SHIPPED_RUN
+from train.runs.directory import identity, made_by, prepare
 from train.schemas.rehearsal import knows_shipped_rows
-from train.schemas.run_directory import identity, made_by, prepare
 from train.schemas.stages import StageConfig
 
 BIG = 5 << 20  # bytes; earlier versions looked at 1 MiB of either end
@@ -98,7 +98,7 @@ def test_a_try_is_not_resumed_with_other_pictures(place: Path) -> None:
 
 
 def test_pictures_of_rows_that_are_left_out_do_not_count(place: Path) -> None:
-    from data.doctor import main as check
+    from data.doctor.command import main as check
 
     (place / "train.jsonl").write_text((place / "train.jsonl").read_text().replace("A square.", "<image>", 1))
     quarantine = place / "quarantine.jsonl"
@@ -121,13 +121,13 @@ def test_the_middle_of_a_large_file_counts(place: Path) -> None:
 
 
 def test_a_second_look_reads_no_picture_and_no_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nexus_gen.specs.content.SETTLED_NS", 0)
-    monkeypatch.setattr("data.memory.SETTLED_NS", 0)
+    monkeypatch.setattr("nexus_gen.artifacts.content.SETTLED_NS", 0)
+    monkeypatch.setattr("data.mixture.memory.SETTLED_NS", 0)
     first = identity(stage(place))
-    monkeypatch.setattr("nexus_gen.specs.content.hash_file", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("nexus_gen.artifacts.content.hash_file", lambda path: pytest.fail(f"{path} was read"))
     other = identity(stage(place, "standins"))["inputs"]  # shares the memory
     assert other == {role: first["inputs"][role] for role in ("data.train", "pictures.train")}
-    monkeypatch.setattr("data.pictures.read_places", lambda *_: pytest.fail("rows were parsed"))
+    monkeypatch.setattr("data.mixture.pictures.read_places", lambda *_: pytest.fail("rows were parsed"))
     assert identity(stage(place)) == first
 
 

@@ -21,10 +21,10 @@ from launch.longer import (
     with_length,
 )
 from launch.overrides import Override
-from nexus_gen.specs.artifact import Manifest, seal
+from nexus_gen.artifacts.artifact import Manifest, seal
 from nexus_gen.specs.errors import UserError
-from train.schemas.lengths import length, read_history
-from train.schemas.run_directory import beginning, identity, prepare, request_another
+from train.runs.directory import beginning, identity, prepare, request_another
+from train.runs.lengths import length, read_history
 from train.schemas.stages import StageConfig
 
 ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}

@@ -10,9 +10,9 @@ from launch.ablate import compose_arms
 from launch.compose import compose_stage
 from launch.overrides import Override
 from launch.run import compose_pipeline
+from nexus_gen.parts.models import SHIPPED_RUN
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.models import SHIPPED_RUN
-from train.schemas.run_directory import load_config, prepare
+from train.runs.directory import load_config, prepare
 from train.schemas.stages import StageConfig
 
 NAMES = (

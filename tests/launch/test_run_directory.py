@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from data.doctor import main as check
+from data.doctor.command import main as check
 from launch.compose import Override, compose_stage
-from nexus_gen.specs.artifact import Manifest, seal
+from nexus_gen.artifacts.artifact import Manifest, seal
 from nexus_gen.specs.errors import UserError
-from train.schemas import run_directory
-from train.schemas.run_directory import identity, load_config, made_by, request_another, timing_of, with_added
+from train.runs import directory as run_directory
+from train.runs.directory import identity, load_config, made_by, request_another, timing_of, with_added
 from train.schemas.stages import StageConfig
 
 

@@ -8,8 +8,8 @@ import pytest
 from launch.overrides import Override
 from launch.run import compose_pipeline, main
 from launch.scheduled import idle_stages, schedule_of, with_schedule
-from nexus_gen.specs.artifact import Manifest, building, seal
-from train.schemas.run_directory import identity
+from nexus_gen.artifacts.artifact import Manifest, building, seal
+from train.runs.directory import identity
 from train.schemas.stages import SCHEDULE_FILE, StageConfig
 
 VALUES = {

@@ -1,6 +1,6 @@
 """`make mutants`: change one line at a time and see whether the tests that cover its module notice.
 
-    python tests/mutation/run.py [train/scoring.py ...] [--sample 60]
+    python tests/mutation/run.py [train/scores/scoring.py ...] [--sample 60]
 
 Works in a temporary copy. modules.toml says which tests cover which module; survivors.toml lists what may survive, each
 with its reason. Fails when another one survives, or when fewer than `caught_at_least` of a module's are caught.
@@ -252,7 +252,7 @@ def main() -> int:
     failed, lines = False, []
     with copy_of_the_tree() as copy:
         sys.path.insert(0, str(copy))
-        from nexus_gen.compat import ensure_torchvision
+        from nexus_gen.tensors.compat import ensure_torchvision
 
         ensure_torchvision()
         for module in arguments.modules or modules:

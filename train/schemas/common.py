@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from data.mixture_spec import MixtureSpec, load_mixture
-from data.quarantine import LeftOut, read_left_out
-from data.rehearsal import SHIPPED_ROWS, with_rehearsal
+from data.mixture.quarantine import LeftOut, read_left_out
+from data.mixture.rehearsal import SHIPPED_ROWS, with_rehearsal
+from data.mixture.spec import MixtureSpec, load_mixture
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import FluxGeometry, VaeGeometry, tokens_per_side
 

@@ -12,8 +12,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from nexus_gen.specs.artifact import fingerprint_path
-from nexus_gen.specs.content import Contents
+from nexus_gen.artifacts.artifact import fingerprint_path
+from nexus_gen.artifacts.content import Contents
 from nexus_gen.specs.errors import UserError, nearest
 from nexus_gen.specs.numbers import not_finite
 from train.schemas.common import PATH

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nexus_gen.parts.models import DECODER_KINDS, find_decoder
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import ProjectorGeometry
-from nexus_gen.specs.models import DECODER_KINDS, find_decoder
-from nexus_gen.specs.shapes import autoregressive_geometry, read_config
+from nexus_gen.tensors.tensor_shapes import autoregressive_geometry, read_config
 
 if TYPE_CHECKING:
     from train.schemas.stages import DecoderConfig

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from data.mixture import check_dataset
-from data.quarantine import LeftOut
-from nexus_gen.specs.artifact import MANIFEST, Manifest, fingerprint_path
+from data.mixture.order import check_dataset
+from data.mixture.quarantine import LeftOut
+from nexus_gen.artifacts.artifact import MANIFEST, Manifest, fingerprint_path
+from nexus_gen.parts.models import SHIPPED_RUN
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.models import SHIPPED_RUN
 from train.schemas.common import RowsConfig
 
 

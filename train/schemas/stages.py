@@ -9,18 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from data.dataset_files import is_there
-from data.embedding_plan import ROWS, SplitRows
-from data.mixture import check_dataset, load_mixture
-from data.pictures import PictureHashes, fingerprint_pictures, named_pictures
-from data.quarantine import LeftOut
-from data.rehearsal import num_rehearsed
-from data.shapes import ShapesConfig
-from data.shards import EMBED_DTYPES, ShardSpec, require_global_batch
-from nexus_gen.specs.artifact import Manifest
-from nexus_gen.specs.content import CONTENTS
+from data.mixture.order import check_dataset, load_mixture
+from data.mixture.pictures import PictureHashes, fingerprint_pictures, named_pictures
+from data.mixture.quarantine import LeftOut
+from data.mixture.rehearsal import num_rehearsed
+from data.records.dataset_files import is_there
+from data.shapes.dataset import ShapesConfig
+from data.shards.files import EMBED_DTYPES, ShardSpec, require_global_batch
+from data.shards.plan import ROWS, SplitRows
+from nexus_gen.artifacts.artifact import Manifest
+from nexus_gen.artifacts.content import CONTENTS
+from nexus_gen.language.processor_files import require_processor
+from nexus_gen.parts.models import target_tokens_of
 from nexus_gen.specs.errors import UserError
-from nexus_gen.specs.fit import require_autoregressive, require_processor, require_vae
 from nexus_gen.specs.geometry import (
     NUM_REFERENCE_TOKENS,
     FluxGeometry,
@@ -29,10 +30,10 @@ from nexus_gen.specs.geometry import (
     VaeGeometry,
     VisionGeometry,
 )
-from nexus_gen.specs.models import target_tokens_of
-from nexus_gen.specs.shapes import read_config
-from nexus_gen.specs.tensor_headers import read_checkpoint
-from nexus_gen.specs.weight_files import BIN, flux_part, has_weights
+from nexus_gen.tensors.fit import require_autoregressive, require_vae
+from nexus_gen.tensors.headers import read_checkpoint
+from nexus_gen.tensors.tensor_shapes import read_config
+from nexus_gen.tensors.weight_files import BIN, flux_part, has_weights
 from train.schemas.common import (
     RUNTIME,
     AverageConfig,
