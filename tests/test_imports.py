@@ -54,7 +54,7 @@ ALLOWED = {
     "train.decoders": "nexus_gen.specs nexus_gen.artifacts nexus_gen.tensors nexus_gen.flux nexus_gen.language "
     "nexus_gen.parts nexus_gen.decoders data.shards train.schemas train.runs train.steps train",
     "train.schedule": "nexus_gen.specs nexus_gen.artifacts nexus_gen.pictures nexus_gen.flux nexus_gen.language "
-    "nexus_gen.parts nexus_gen.decoders data.messages data.mixture train.schemas train train.decoders",
+    "nexus_gen.parts nexus_gen.decoders data.messages data.mixture train.schemas train.steps train train.decoders",
     "train.scores": "nexus_gen.specs nexus_gen.artifacts nexus_gen.pictures data.shapes data.messages",
     "train.evaluate": "nexus_gen.specs nexus_gen.artifacts nexus_gen.pictures nexus_gen.parts nexus_gen "
     "nexus_gen.commands data.records data.messages data.mixture train.runs train.pages train train.scores",

@@ -13,7 +13,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from nexus_gen.decoders.decoders import EditingDecoder, GenerationDecoder
@@ -28,6 +27,7 @@ from nexus_gen.flux.flow_match import (
 )
 from train.schemas.common import OptimConfig
 from train.schemas.stages import DecoderObjective
+from train.steps.optimizers import build_optimizer
 
 _GENERATOR = torch.Generator()  # a new one per sample costs more than the noise
 
@@ -222,14 +222,9 @@ class DecoderModule(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """AdamW over every parameter, and its schedule in optimizer steps."""
-        optimizer = AdamW(
-            self.decoder.parameters(),
-            lr=self.optim.learning_rate,
-            betas=(self.optim.betas[0], self.optim.betas[1]),
-            weight_decay=self.optim.weight_decay,
-            fused=True,
-        )
+        """The config's optimizer, and its schedule in optimizer steps."""
+        optim = self.optim
+        optimizer = build_optimizer(optim.name, self.decoder, optim.learning_rate, optim.betas, optim.weight_decay)
         scheduler = LambdaLR(
             optimizer,
             lambda step: learning_rate_factor(step, self.optim.warmup_steps, self.max_steps, self.optim.schedule),

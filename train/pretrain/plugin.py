@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from swift.model import ModelLoader, ModelMeta, register_model
+from swift.optimizers import OptimizerCallback, optimizers_map
 from swift.template import Template, register_template
 from swift.template.template_inputs import StdTemplateInputs
 from swift.template.templates.qwen import Qwen2_5VLTemplate, QwenTemplateMeta
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor
 
 from data.messages.token_lengths import IMAGE_MARKUP, IMAGE_TOKEN
@@ -24,8 +26,10 @@ from nexus_gen.pictures.images import PictureSizing, open_image
 from nexus_gen.specs.geometry import MERGE_SIZE, RELEASED_TARGET_TOKENS
 from nexus_gen.specs.prompts import IMAGE_TAG
 from train.pretrain.stream import TooLong
+from train.steps.optimizers import build_optimizer
 
 NAME = "nexus_gen"
+MATRICES_BY_MUON = "matrices_by_muon"  # swift's own `muon` fetches its code from a repository when it starts
 CACHED_TEXTS, CACHED_LENGTH = 4096, 256  # texts, and characters of one
 
 
@@ -183,6 +187,16 @@ class NexusGenTemplate(Qwen2_5VLTemplate):
         return outputs
 
 
+class MuonCallback(OptimizerCallback):
+    """`optim.name=muon` in swift's trainer."""
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        args = self.args
+        betas = (args.adam_beta1, args.adam_beta2)
+        return build_optimizer("muon", model or self.trainer.model, args.learning_rate, betas, args.weight_decay)
+
+
+optimizers_map[MATRICES_BY_MUON] = MuonCallback
 register_model(
     ModelMeta(NAME, [], NexusGenLoader, template=NAME, model_arch="qwen2_vl", is_multimodal=True), exist_ok=True
 )

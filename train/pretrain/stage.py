@@ -46,7 +46,7 @@ from train.pretrain.callbacks import (
     StepMetrics,
     remove_incomplete_checkpoints,
 )
-from train.pretrain.plugin import NAME
+from train.pretrain.plugin import MATRICES_BY_MUON, NAME
 from train.pretrain.stream import MessageStream, Quarantine
 from train.runs.checkpoints import checkpoint_step, complete_checkpoints, tokens_seen
 from train.runs.directory import CHECKPOINTS, QUARANTINE
@@ -427,6 +427,8 @@ def swift_arguments(config: PretrainConfig, accumulation: int, deepspeed_path: P
         "report_to": "none",
         "check_model": False,  # would ask a hub whether a newer one exists
     }
+    if optim.name == "muon":
+        values["optimizer"] = MATRICES_BY_MUON
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
 

@@ -43,6 +43,7 @@ ADDED_SINCE: dict[str, Any] = {
     "average.initial": 0.0,
     "embed.pixels": "squash",
     "data.token_budget": 0,
+    "optim.name": "adamw",
     "data.quarantine": [],
     "data.picture_root": "",
     "data.rehearsal": 0.0,

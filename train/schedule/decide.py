@@ -16,7 +16,8 @@ DECODER_SAMPLES = {GENERATION: 12_000, EDITING: 4_000}
 DECODER_EPOCHS = {GENERATION: 4.0, EDITING: 2.0}
 # ... and to adapt a decoder, which paints such pictures already, to what a finetuned language model imagines.
 ADAPTING_SAMPLES = {GENERATION: 480, EDITING: 320}
-NEW_RATE = {PRETRAIN: 1.5e-3, GENERATION: 1.5e-3, EDITING: 1.5e-3}
+NEW_OPTIMIZER, KNOWN_OPTIMIZER = "muon", "adamw"
+NEW_RATE = {PRETRAIN: 1.5e-3, GENERATION: 3.0e-3, EDITING: 3.0e-3}
 KNOWN_RATE = {PRETRAIN: 7.0e-4, GENERATION: 2.0e-4, EDITING: 1.0e-5}
 IS_NEW = 0.15  # share of the way from what the decoder shipped with to knowing nothing
 # What a step costs beyond its passes: optimizer, exchange between processes, loader. Measured on two cores.
@@ -32,7 +33,7 @@ class DecoderFacts:
     rows: training rows of its task. loss: held-out-like loss on the true embeddings; known_loss: what its manifest says
     of the pictures that it was trained on; blank_loss: that of painting the mean, whatever the condition. All are mean
     squared errors of the velocity over eight noise levels. Without weights to start from, loss is blank_loss.
-    step_s: seconds of the forward and backward passes of a step.
+    step_s: seconds of the passes and the optimizer of a step.
     """
 
     rows: int
@@ -89,7 +90,10 @@ def decide(facts: Facts, budget_minutes: float) -> Schedule:
     steps = {stage: max(10, math.floor(share * number)) for stage, number in wanted.items()}
     seconds = {stage: number * step_s[stage] for stage, number in steps.items()}
     return Schedule(
-        values={stage: stage_values(number, rate_of(facts, stage)) for stage, number in steps.items()},
+        values={
+            stage: stage_values(number, rate_of(facts, stage), optimizer_of(facts, stage))
+            for stage, number in steps.items()
+        },
         reasons=[picture_sentence(facts), *(sentence(facts, s, steps[s], seconds[s]) for s in steps)],
         unreached=[
             f"{stage} gets {steps[stage]} of the {wanted[stage]} steps that it asks for"
@@ -110,14 +114,22 @@ def wanted_steps(facts: Facts) -> dict[str, int]:
     return {stage: math.ceil(number / facts.batch_size) for stage, number in samples.items()}
 
 
+def is_new(facts: Facts, stage: str) -> bool:
+    return (facts.novelty if stage == PRETRAIN else facts.decoders[stage].novelty) >= IS_NEW
+
+
 def rate_of(facts: Facts, stage: str) -> float:
-    novelty = facts.novelty if stage == PRETRAIN else facts.decoders[stage].novelty
-    return (NEW_RATE if novelty >= IS_NEW else KNOWN_RATE)[stage]
+    return (NEW_RATE if is_new(facts, stage) else KNOWN_RATE)[stage]
 
 
-def stage_values(steps: int, rate: float) -> dict[str, Any]:
-    """The keys of a stage's config that follow from its steps and its learning rate."""
+def optimizer_of(facts: Facts, stage: str) -> str:
+    return NEW_OPTIMIZER if is_new(facts, stage) else KNOWN_OPTIMIZER
+
+
+def stage_values(steps: int, rate: float, optimizer: str) -> dict[str, Any]:
+    """The keys of a stage's config that follow from its steps and what it begins with."""
     return {
+        "optim.name": optimizer,
         "trainer.max_steps": steps,
         "optim.learning_rate": rate,
         "optim.warmup_steps": max(5, min(30, steps // 20)),

@@ -39,9 +39,10 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS, REFERENCE_GRID
 from train.decoders.monitor import LEVELS, UNWEIGHTED
 from train.decoders.stage import DTYPES, projector_geometry
-from train.schedule.decide import EDITING, GENERATION, STAGE_START_S, DecoderFacts, Facts, decide
+from train.schedule.decide import EDITING, GENERATION, NEW_OPTIMIZER, STAGE_START_S, DecoderFacts, Facts, decide
 from train.schemas.stages import SCHEDULE_FILE, ScheduleStageConfig
 from train.stage import Stage
+from train.steps.optimizers import build_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ GUIDANCE = 3.5  # any value costs the same and says the same of what is new
 EVALUATION_S = 60.0  # of the scores at the end of the pipeline
 EMBED_OVERHEAD = 1.8  # over the models' passes: reading, writing, held-out rows and those of rehearsal
 TIMED_PASSES = 3
+TIMED_BATCHES = 4  # of rows: they are of several lengths
 
 
 class ScheduleStage(Stage[ScheduleStageConfig]):
@@ -115,9 +117,9 @@ class Measuring:
         side = target_size(self.processor, config.model.num_target_tokens)
         with torch.no_grad():
             embeds = self.embed(language, pictures, side)
-        pretrain_s, predict_s = self.pretrain_seconds(language)
         batch_size = config.trainer.global_batch_size
         passes = batch_size / (config.trainer.micro_batch_size * self.stage.world_size)
+        pretrain_s, predict_s = self.pretrain_seconds(language, passes)
         decoders = {}
         counts = config.task_rows()
         for kind, task in TASK_OF.items():
@@ -133,7 +135,7 @@ class Measuring:
         return Facts(
             rows=self.num_rows,
             batch_size=batch_size,
-            step_s=pretrain_s * passes,
+            step_s=pretrain_s,
             psnr=psnr,
             spread=spread(embeds),
             fixed_s=fixed_s,
@@ -166,8 +168,8 @@ class Measuring:
         embeds = vision_embeddings(language, pixel_values.to(self.device, self.dtype), grid.to(self.device))
         return embeds.unflatten(0, (len(pictures), -1))
 
-    def pretrain_seconds(self, language: NexusGenForConditionalGeneration) -> tuple[float, float]:
-        """Of the passes of a micro batch of rows, and of predicting one row's embeddings."""
+    def pretrain_seconds(self, language: NexusGenForConditionalGeneration, passes: float) -> tuple[float, float]:
+        """Of a step of so many passes of a micro batch of rows, and of predicting one row's embeddings."""
         config = self.config
         padding = self.processor.tokenizer.pad_token_id
         rows = [
@@ -178,31 +180,33 @@ class Measuring:
                 config.data.max_pixels,
                 num_target_tokens=config.model.num_target_tokens,
             )
-            for row, pictures in islice(shown(self.rows), 2 * config.trainer.micro_batch_size)
+            for row, pictures in islice(shown(self.rows), TIMED_BATCHES * config.trainer.micro_batch_size)
         ]
         size = config.trainer.micro_batch_size
         batches = [
-            {name: value.to(self.device) for name, value in collate(part, padding).items()}
-            for part in (rows[:size], rows[size:])
-            if part
+            {name: value.to(self.device) for name, value in collate(rows[at : at + size], padding).items()}
+            for at in range(0, len(rows), size)
         ]
         for name, parameter in language.named_parameters():
             parameter.requires_grad_("visual" not in name)  # the recipe's frozen tower
-        turn = iter(range(1_000_000))
 
         def train() -> None:
-            batch = batches[next(turn) % len(batches)]
-            language(**batch).loss.backward()
-            language.zero_grad()
+            for batch in batches:
+                language(**batch).loss.backward()
 
         def predict() -> None:
             with torch.no_grad():
                 language(**batches[0])
 
         language.train()
-        trained_s = self.seconds(train)
+        pass_s = self.seconds(train) / len(batches)
+        optimizer_s = self.optimizer_seconds(language)
         language.eval()
-        return trained_s, self.seconds(predict) / size
+        return pass_s * passes + optimizer_s, self.seconds(predict) / size
+
+    def optimizer_seconds(self, model: nn.Module) -> float:
+        """Of a step of the optimizer that trains on new pictures. Gradients have to be there; weights stay."""
+        return self.seconds(build_optimizer(NEW_OPTIMIZER, model, 0.0, (0.9, 0.95), 0.0).step)
 
     def decoder_facts(self, kind: str, rows: int, latents: Tensor, embeds: Tensor, passes: float) -> DecoderFacts:
         """Loss on true embeddings, of the pictures measured, and the seconds of a step.
@@ -236,10 +240,10 @@ class Measuring:
 
         def train() -> None:
             loss(slice(0, config.trainer.micro_batch_size), LEVELS[3]).mean().backward()
-            decoder.zero_grad()
 
         decoder.requires_grad_(True)
-        return DecoderFacts(rows, measured, known or 0.0, blank, self.seconds(train) * passes)
+        step_s = self.seconds(train) * passes + self.optimizer_seconds(decoder)
+        return DecoderFacts(rows, measured, known or 0.0, blank, step_s)
 
     def decoder(self, kind: str, embed_dim: int) -> tuple[nn.Module, float | None]:
         """The decoder that training begins with, and its recorded held-out loss.

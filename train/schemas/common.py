@@ -101,8 +101,12 @@ class LoggerConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW. schedule: constant, cosine or linear after the warmup. max_grad_norm: 0 switches clipping off."""
+    """name: adamw, or muon for the matrices of repeated blocks (AdamW for the rest), which learns from fewer samples
+    and keeps whole matrices on every process: ZeRO stage 0. betas: AdamW's. schedule: constant, cosine or linear after
+    the warmup. max_grad_norm: 0 switches clipping off.
+    """
 
+    name: str
     learning_rate: float
     weight_decay: float
     betas: list[float]
@@ -110,7 +114,14 @@ class OptimConfig:
     schedule: str
     max_grad_norm: float
 
-    def check(self) -> None:
+    def check(self, trainer: "TrainerConfig") -> None:
+        one_of("optim.name", self.name, "adamw", "muon")
+        if self.name == "muon" and (trainer.zero_stage or trainer.precision == "bfloat16"):
+            raise UserError(
+                f"optim.name=muon looks at whole matrices in float32 on every process, and trainer.zero_stage is "
+                f"{trainer.zero_stage}, trainer.precision {trainer.precision}; set trainer.zero_stage=0 and float32 or "
+                "tf32, or optim.name=adamw"
+            )
         one_of("optim.schedule", self.schedule, "constant", "cosine", "linear")
         positive("optim", self, "learning_rate")
         not_negative("optim", self, "weight_decay", "warmup_steps", "max_grad_norm")

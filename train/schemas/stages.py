@@ -349,7 +349,7 @@ class PretrainConfig(StageConfig):
     def check(self) -> None:
         super().check()
         self.model.check()
-        self.optim.check()
+        self.optim.check(self.trainer)
         lengths = (self.data.num_epochs, self.data.token_budget, self.trainer.max_steps)
         if min(lengths) < 0 or sum(length > 0 for length in lengths) != 1:
             epochs, tokens, steps = lengths
@@ -643,7 +643,7 @@ class DecoderConfig(StageConfig):
     def check(self) -> None:
         super().check()
         self.model.check()
-        self.optim.check()
+        self.optim.check(self.trainer)
         self.trainer.check(self.launch.world_size)
         self.logger.check()
         if self.init.decoder and self.init.transformer:

@@ -28,7 +28,7 @@ def module(timesteps: str = "per_sample", seed: int = 7, **objective: Any) -> De
         build_generation_decoder(FLUX, EMBED_DIM),
         pooled=torch.randn(1, FLUX.pooled_dim),
         objective=DecoderObjective(timesteps, guidance=3.5, **options),
-        optim=OptimConfig(1e-3, 0.01, [0.9, 0.95], warmup_steps=2, schedule="cosine", max_grad_norm=1.0),
+        optim=OptimConfig("adamw", 1e-3, 0.01, [0.9, 0.95], warmup_steps=2, schedule="cosine", max_grad_norm=1.0),
         seed=seed,
         max_steps=10,
         gradient_checkpointing=False,

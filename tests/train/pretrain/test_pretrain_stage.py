@@ -108,14 +108,14 @@ def test_the_learning_rate_follows_the_share_of_the_budget_that_is_spent(schedul
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 7.0)
 
     trainer = SimpleNamespace(create_scheduler=create_scheduler)
-    schedule_by_tokens(trainer, guard, OptimConfig(2.0, 0.0, [0.9, 0.95], 4, schedule, 1.0))
+    schedule_by_tokens(trainer, guard, OptimConfig("adamw", 2.0, 0.0, [0.9, 0.95], 4, schedule, 1.0))
     scheduler = trainer.create_scheduler(10**6, optimizer)
     for step, factor in enumerate(expected):
         guard.tokens_seen = 100 * step if step < 5 else 1200
         scheduler.lr_lambdas[0](step)
         assert scheduler.lr_lambdas[0](step) == pytest.approx(factor)
     without = SimpleNamespace(create_scheduler=create_scheduler)
-    schedule_by_tokens(without, StepGuard(1, 0, 9, 10), OptimConfig(2.0, 0.0, [0.9, 0.95], 0, schedule, 1.0))
+    schedule_by_tokens(without, StepGuard(1, 0, 9, 10), OptimConfig("adamw", 2.0, 0.0, [0.9, 0.95], 0, schedule, 1.0))
     assert without.create_scheduler(5, optimizer).lr_lambdas[0](0) == 1.0
 
 
