@@ -10,12 +10,14 @@ Source: Nexus-Gen (Zhang et al. 2025); docs/architecture.md says which checkpoin
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexus_gen.language.tower_cache import TowerCache
 from nexus_gen.language.vision_tower import vision_embeds
 from nexus_gen.specs.geometry import RELEASED_TARGET_TOKENS, patches_per_side
 from nexus_gen.tensors.compat import ensure_torchvision
@@ -124,6 +126,7 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
     config.num_target_tokens: prefill embeddings, so tokens of a target image, if not 81; nobody reads it later.
     loss_weights: the objective of `forward` with labels; assign another `LossWeights` to change it.
+    tower_cache: remembers what a frozen tower said of pictures; assign one where every process may skip the tower.
     """
 
     def __init__(self, config: Qwen2_5_VLConfig) -> None:
@@ -134,6 +137,7 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         num_target_tokens = getattr(config, "num_target_tokens", RELEASED_TARGET_TOKENS)
         self.image_prefill_embeds = nn.Embedding(num_target_tokens, width)
         self.loss_weights = LossWeights()
+        self.tower_cache: TowerCache | None = None
         self.post_init()
 
     @property
@@ -266,6 +270,8 @@ class NexusGenForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         visual = self.model.visual
         # Checkpointing makes even a frozen tower's inputs require gradients; its backward would be wasted.
         trained = any(parameter.requires_grad for parameter in visual.parameters())
+        if self.tower_cache is not None and not trained:
+            return self.tower_cache(partial(vision_embeds, visual), pixel_values, image_grid_thw)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             return vision_embeds(visual, pixel_values, image_grid_thw)
 

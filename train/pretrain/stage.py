@@ -34,6 +34,7 @@ from data.shards.loader_processes import batches
 from nexus_gen.artifacts.artifact import write_text_atomic
 from nexus_gen.language.checkpoint import load_config, load_generation_config, save_autoregressive
 from nexus_gen.language.model import TARGET_INPUTS, LossWeights
+from nexus_gen.language.tower_cache import TOWER_CACHE_BYTES, TowerCache
 from nexus_gen.parts.wording import Wording
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import patches_per_side
@@ -185,6 +186,11 @@ class PretrainPipeline(SwiftSft):
         set_hf_deepspeed_config(hf_config)
         objective = self.config.objective
         self._describe_inputs()
+        freeze, zero_stage = self.config.freeze, self.config.trainer.zero_stage
+        # Under ZeRO-3 every process has to run the tower when another does; a GPU is faster than the hashing.
+        if self.args.training_args.use_cpu and freeze.vision and freeze.merger and zero_stage < 3:
+            self.model.tower_cache = TowerCache(TOWER_CACHE_BYTES)
+            log.info("up to %.0f MB of the frozen vision tower's embeddings are remembered", TOWER_CACHE_BYTES / 1e6)
         self.model.loss_weights = LossWeights(
             objective.text_loss_weight, objective.image_loss_weight, 1 - objective.cosine_fraction
         )

@@ -11,8 +11,8 @@ PRETRAIN, GENERATION, EDITING = "pretrain", "generation_decoder", "editing_decod
 TITLES = {PRETRAIN: "the language model", GENERATION: "the generation decoder", EDITING: "the editing decoder"}
 
 # Samples that training needs to converge on something new: so many at least, and so many of each row.
-PRETRAIN_SAMPLES, PRETRAIN_EPOCHS = 4_000, 7.0
-DECODER_SAMPLES = {GENERATION: 12_000, EDITING: 4_000}
+PRETRAIN_SAMPLES, PRETRAIN_EPOCHS = 4_000, 6.0
+DECODER_SAMPLES = {GENERATION: 8_000, EDITING: 1_600}
 DECODER_EPOCHS = {GENERATION: 4.0, EDITING: 2.0}
 # ... and to adapt a decoder, which paints such pictures already, to what a finetuned language model imagines.
 ADAPTING_SAMPLES = {GENERATION: 480, EDITING: 320}
@@ -21,7 +21,7 @@ NEW_RATE = {PRETRAIN: 1.5e-3, GENERATION: 3.0e-3, EDITING: 3.0e-3}
 KNOWN_RATE = {PRETRAIN: 7.0e-4, GENERATION: 2.0e-4, EDITING: 1.0e-5}
 IS_NEW = 0.15  # share of the way from what the decoder shipped with to knowing nothing
 # What a step costs beyond its passes: optimizer, exchange between processes, loader. Measured on two cores.
-STEP_OVERHEAD = {PRETRAIN: 1.9, GENERATION: 1.4, EDITING: 1.2}
+STEP_OVERHEAD = {PRETRAIN: 1.3, GENERATION: 1.3, EDITING: 1.2}
 STAGE_START_S = 9.0  # imports, loading and writing of a stage, while the one before it runs for a part
 POOR_PSNR = 25.0  # dB; below it a reconstruction is visibly blurred
 
