@@ -108,7 +108,7 @@ class DropKeyword(Operator):
 class SwapArguments(Operator):
     """The first two arguments of a call change places, where that makes a difference."""
 
-    SYMMETRIC = ("cosine_similarity", "hypot", "l1", "psnr", "ssim")
+    SYMMETRIC = ("cosine_similarity", "embedding_errors", "hypot", "l1", "max", "min", "psnr", "ssim")
 
     def mutation_positions(self, node: Any) -> Iterator[Any]:
         if node.type != "arglist" or any(child.type in ("argument", "operator") for child in node.children[:3:2]):

@@ -91,18 +91,29 @@ def mutants(source: str, only: Sequence[str], number: int) -> list[Mutant]:
 
 
 def lines_of(source: str, names: Sequence[str]) -> set[int]:
-    """The lines of functions and classes, and of methods as Class.method; all of the module if no names are given."""
+    """The lines of functions and classes, and of methods as Class.method; all of the module if no names are given.
+
+    Those of assertions are left out: they say what cannot be otherwise, to readers and to the type checker.
+    """
+    tree = ast.parse(source)
+    asserted = {
+        line
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assert)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
     if not names:
-        return set(range(1, source.count("\n") + 2))
+        return set(range(1, source.count("\n") + 2)) - asserted
     found: dict[str, ast.AST] = {}
-    for node in ast.parse(source).body:
+    for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             found[node.name] = node
         if isinstance(node, ast.ClassDef):
             found |= {f"{node.name}.{own.name}": own for own in node.body if isinstance(own, ast.FunctionDef)}
     if unknown := set(names) - found.keys():
         sys.exit(f"{', '.join(sorted(unknown))}: no such names in the module; correct {MODULES.name}")
-    return {line for name in names for line in range(found[name].lineno, found[name].end_lineno + 1)}  # type: ignore[attr-defined]
+    of_names = {line for name in names for line in range(found[name].lineno, found[name].end_lineno + 1)}  # type: ignore[attr-defined]
+    return of_names - asserted
 
 
 def mutant(source: str, changed: str) -> Mutant:

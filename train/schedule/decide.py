@@ -19,6 +19,8 @@ ADAPTING_SAMPLES = {GENERATION: 480, EDITING: 320}
 NEW_OPTIMIZER, KNOWN_OPTIMIZER = "muon", "adamw"
 NEW_RATE = {PRETRAIN: 1.5e-3, GENERATION: 3.0e-3, EDITING: 3.0e-3}
 KNOWN_RATE = {PRETRAIN: 7.0e-4, GENERATION: 2.0e-4, EDITING: 1.0e-5}
+# Of a generation decoder's conditions, those that the language model imagines: what is new is learned from true ones.
+NEW_PREDICTED = 0.2
 IS_NEW = 0.15  # share of the way from what the decoder shipped with to knowing nothing
 # What a step costs beyond its passes: optimizer, exchange between processes, loader. Measured on two cores.
 STEP_OVERHEAD = {PRETRAIN: 1.3, GENERATION: 1.3, EDITING: 1.2}
@@ -90,10 +92,7 @@ def decide(facts: Facts, budget_minutes: float) -> Schedule:
     steps = {stage: max(10, math.floor(share * number)) for stage, number in wanted.items()}
     seconds = {stage: number * step_s[stage] for stage, number in steps.items()}
     return Schedule(
-        values={
-            stage: stage_values(number, rate_of(facts, stage), optimizer_of(facts, stage))
-            for stage, number in steps.items()
-        },
+        values={stage: stage_values(facts, stage, number) for stage, number in steps.items()},
         reasons=[picture_sentence(facts), *(sentence(facts, s, steps[s], seconds[s]) for s in steps)],
         unreached=[
             f"{stage} gets {steps[stage]} of the {wanted[stage]} steps that it asks for"
@@ -126,10 +125,15 @@ def optimizer_of(facts: Facts, stage: str) -> str:
     return NEW_OPTIMIZER if is_new(facts, stage) else KNOWN_OPTIMIZER
 
 
-def stage_values(steps: int, rate: float, optimizer: str) -> dict[str, Any]:
+def stage_values(facts: Facts, stage: str, steps: int) -> dict[str, Any]:
     """The keys of a stage's config that follow from its steps and what it begins with."""
+    rate = rate_of(facts, stage)
+    of_conditions = (
+        {"objective.predicted_fraction": NEW_PREDICTED} if stage == GENERATION and is_new(facts, stage) else {}
+    )
     return {
-        "optim.name": optimizer,
+        **of_conditions,
+        "optim.name": optimizer_of(facts, stage),
         "trainer.max_steps": steps,
         "optim.learning_rate": rate,
         "optim.warmup_steps": max(5, min(30, steps // 20)),

@@ -325,3 +325,33 @@ def test_samples_and_tars_are_byte_for_byte_those_of_the_libraries(tmp_path: Pat
             writer.write({"__key__": f"{number:09d}", "safetensors": saved[number], "json": text})
     assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
     assert (listing.bytes, listing.sha256) == ((tmp_path / "ours.tar").stat().st_size, hash_file(tmp_path / "ours.tar"))
+
+
+def test_a_loader_follows_the_order_of_its_seed_through_the_epochs(artifact: Path) -> None:
+    made = loader(artifact, micro_batch_size=4)
+    dataset = ShardDataset(artifact, "train")
+    batches = list(islice(iter(made), 2 * made.steps_per_epoch))
+    found = [batch["index"].tolist() for batch in batches]
+    assert list(chain(*found[: made.steps_per_epoch])) == dataset.order(7, 0)[:28].tolist()
+    assert list(chain(*found[made.steps_per_epoch :])) == dataset.order(7, 1)[:28].tolist()
+
+
+def test_true_embeddings_are_read_unless_a_fraction_is_given(imagined: Path) -> None:
+    made = ShardLoader(
+        imagined, "train", micro_batch_size=2, accumulation=1, rank=0, world_size=1, seed=7, num_workers=0
+    )
+    assert all(float(value) >= 0 for batch in islice(iter(made), 10) for value in batch["target_embeds"])
+    drawn = [
+        int(ShardDataset(imagined, "train", predicted_fraction=0.5)[(0, index)]["target_embeds"]) for index in range(20)
+    ]
+    draws = [np.random.default_rng((0, 0, index, 1)).random() for index in range(20)]  # of seed 0
+    assert drawn == [-1 - index if draw < 0.5 else index for index, draw in enumerate(draws)]
+
+
+def test_batches_are_prepared_where_they_are_loaded(artifact: Path) -> None:
+    def prepare(batch: dict[str, Any]) -> dict[str, Any]:
+        return {**batch, "process": os.getpid()}
+
+    for num_workers in (0, 1):
+        (batch,) = islice(iter(loader(artifact, num_workers=num_workers, prepare=prepare)), 1)
+        assert (batch["process"] == os.getpid()) is (num_workers == 0)

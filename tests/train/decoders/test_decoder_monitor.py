@@ -208,8 +208,9 @@ def test_the_weights_that_are_exported_are_measured_and_training_goes_on_with_it
     average.update()  # the first: a tenth of the start, nine tenths of the weights
     exported = average if export == "average" else None
     made, recorder = monitor(write_shards(tmp_path, predicted=False), 3, average=exported)
-    trainer: Any = SimpleNamespace(accumulate_grad_batches=2, global_step=2)
-    for micro in range(2):
+    trainer: Any = SimpleNamespace(accumulate_grad_batches=3, global_step=2)
+    for micro in range(3):
+        assert recorder.rows == []  # the step is not done
         made.on_train_batch_end(trainer, module, None, None, micro)
     ((step, row),) = recorder.rows
     expected = losses_by_hand(3, 0.1 * 0.5 + 0.9 * 0.7 if export == "average" else 0.7, "target_embeds only")
@@ -268,7 +269,16 @@ def test_true_pictures_stand_above_painted_ones(tmp_path: Path) -> None:
 
 
 def test_a_grid_keeps_pictures_in_order_with_white_between() -> None:
-    black, white = torch.full((1, 3, 1, 1), -1.0), torch.full((1, 3, 1, 1), 2.0)
+    black, white = torch.full((1, 3, 1, 1), -1.5), torch.full((1, 3, 1, 1), 2.0)  # beyond both ends of the range
     grid = np.asarray(picture_grid([torch.cat([black, white]), torch.cat([white, black])]))
     assert grid.shape == (6, 6, 3)
     assert (np.argwhere(grid[:, :, 0] == 0) == [[0, 0], [3, 3]]).all()
+    assert set(np.unique(grid)) == {0, 255}
+
+
+def test_nothing_is_looked_at_where_nothing_is_asked_for(tmp_path: Path) -> None:
+    made, recorder = monitor(write_shards(tmp_path, predicted=False), num_samples=0, num_pictures=0)
+    made._config.samples.every_steps = 0  # and never between the first step and the last
+    for step in range(1, 8):
+        made.on_train_batch_end(SimpleNamespace(accumulate_grad_batches=1, global_step=step), Module(), None, None, 0)
+    assert recorder.rows == []

@@ -12,7 +12,7 @@ import train.embed.stage
 from data.messages.rows import Row
 from data.shards.plan import PlannedSample, RowFacts
 from nexus_gen.language.model import IGNORE_INDEX
-from train.embed.stage import EmbedEditingStage, EmbedGenerationStage
+from train.embed.stage import EmbedEditingStage, EmbedGenerationStage, EmbedStage, means
 
 RED, GREEN, BLUE = (200, 0, 0), (0, 200, 0), (0, 0, 200)
 
@@ -67,6 +67,8 @@ def test_a_generated_picture_is_cut_alike_for_its_embeddings_and_its_latents(mon
     assert prepared["words"] == 2 and prepared["target"].dtype == torch.uint8
     made.config.embed.predicted = made.config.embed.latents = False
     assert made.prepare(SAMPLE).keys() == {"target"}
+    alone = stage(EmbedGenerationStage, monkeypatch, [wide]).prepare(SAMPLE)  # the row's only picture
+    assert left_and_middle(alone["target"]) == left_and_middle(alone["pixels"]) == "GG"
 
 
 @pytest.mark.parametrize("pixels", ["squash", "crop"])
@@ -91,10 +93,11 @@ def test_embeddings_are_those_of_the_last_target_of_each_row(monkeypatch: pytest
     """Rows of one, three and two targets: a pair for each target, in order."""
     made = stage(EmbedEditingStage, monkeypatch, [])
     made.model = made.tower = None
+    made.compiled = False
     seen: dict[str, Any] = {}
 
     def pairs(model: Any, batch: Any, tower: Any, layer: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        seen.update(batch)
+        seen.update(batch, layer=layer)
         return [(torch.full((9, 4), float(number)), torch.full((9, 4), 100.0 + number)) for number in range(6)]
 
     monkeypatch.setattr(train.embed.stage, "teacher_forced_pairs", pairs)
@@ -118,6 +121,9 @@ def test_embeddings_are_those_of_the_last_target_of_each_row(monkeypatch: pytest
     # All of one length: the group's, a multiple of 64; patches as the model takes them.
     assert seen["input_ids"].shape == (3, 64)
     assert seen["pixel_values"][:, 0].tolist() == [1.0] * 4 + [3.0] * 12 + [2.0] * 8
+    assert seen["layer"] is train.embed.stage.decoder_layer
+    made.predicted(rows[:1])  # a group may hold one row
+    assert seen["input_ids"].shape == (1, 64)
 
 
 @pytest.mark.parametrize("kind", [EmbedGenerationStage, EmbedEditingStage])
@@ -148,7 +154,8 @@ def test_latents_are_of_pixels_from_minus_one_to_one(monkeypatch: pytest.MonkeyP
     made.vae = SimpleNamespace(encode=lambda pixels: pixels)
     latents = made.latents([torch.full((3, 2, 2), level, dtype=torch.uint8) for level in (0, 51, 255)])
     assert latents[:, 0, 0, 0].tolist() == pytest.approx([-1.0, -0.6, 1.0])
-    assert made.full_batch([torch.ones(3, 2, 2)] * 3).sum((1, 2, 3)).tolist() == [12, 12, 12, 0]  # a batch is of four
+    batch = made.full_batch([torch.ones(3, 2, 2)] * 3)
+    assert batch.shape == (4, 3, 2, 2) and batch.sum((1, 2, 3)).tolist() == [12, 12, 12, 0]  # a batch is of four
 
 
 def test_what_a_row_reads_are_the_pictures_of_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,3 +171,19 @@ def test_what_a_row_reads_are_the_pictures_of_its_address(tmp_path: Path, monkey
     sample = PlannedSample("train", RowFacts(3, "", "1", "", "", [], ""), {"pictures": ["a", "b"]})  # type: ignore[arg-type]
     _, opened = made.read(sample)
     assert [picture.getpixel((0, 0)) for picture in opened] == [(1, 0, 0), (2, 0, 0)] and checked == images[1:]
+
+
+def test_what_shards_say_of_their_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (EmbedGenerationStage.num_reference_tokens, EmbedEditingStage.num_reference_tokens) == (0, 324)
+    for predicted in (True, False):
+        assert stage(EmbedGenerationStage, monkeypatch, [], predicted=predicted).stores_predicted is predicted
+    assert not stage(EmbedEditingStage, monkeypatch, []).stores_predicted  # they hold nothing else
+    monkeypatch.setattr(EmbedStage, "recipe", lambda self: {"encoder": "abc"})
+    made = stage(EmbedEditingStage, monkeypatch, [], pixels="crop")
+    assert made.recipe() == {"encoder": "abc", "pixels": "crop"}
+
+
+def test_means_over_samples_by_hand() -> None:
+    assert means([{"cosine": 0.5, "mse": 1.0}]) == {"cosine": 0.5, "mse": 1.0}
+    assert means({"cosine": value} for value in (0.25, 0.5, 0.75, 0.9)) == {"cosine": 0.6}
+    assert means([]) == {}

@@ -8,6 +8,7 @@ from train.schedule.decide import (
     EDITING,
     GENERATION,
     KNOWN_RATE,
+    NEW_PREDICTED,
     NEW_RATE,
     PRETRAIN,
     STEP_OVERHEAD,
@@ -39,10 +40,13 @@ def test_novelty_is_the_way_from_known_to_blank() -> None:
 
 def test_new_pictures_ask_for_long_training_at_the_high_rate() -> None:
     schedule = decide(FACTS, budget_minutes=600)
-    # 7 epochs of 1500 rows, 12,000 and 4,000 samples, in batches of 8
+    # 6 epochs of 1500 rows, 8,000 and 1,600 samples, in batches of 8
     steps = {stage: values["trainer.max_steps"] for stage, values in schedule.values.items()}
-    assert steps == {PRETRAIN: 1313, GENERATION: 1500, EDITING: 500}
+    assert steps == {PRETRAIN: 1125, GENERATION: 1000, EDITING: 200}
     assert all(schedule.values[stage]["optim.learning_rate"] == NEW_RATE[stage] for stage in steps)
+    assert all(schedule.values[stage]["optim.name"] == "muon" for stage in steps)
+    shares = {stage: values.get("objective.predicted_fraction") for stage, values in schedule.values.items()}
+    assert shares == {PRETRAIN: None, GENERATION: NEW_PREDICTED, EDITING: None}
     assert not schedule.unreached
 
 
@@ -51,25 +55,27 @@ def test_known_pictures_ask_for_little_at_the_low_rate() -> None:
     assert schedule.values[GENERATION]["trainer.max_steps"] == 60
     assert schedule.values[EDITING]["trainer.max_steps"] == 40
     assert all(values["optim.learning_rate"] == KNOWN_RATE[stage] for stage, values in schedule.values.items())
+    assert all(values["optim.name"] == "adamw" for values in schedule.values.values())
+    assert not any("objective.predicted_fraction" in values for values in schedule.values.values())
 
 
 def test_a_budget_cuts_every_stage_by_the_same_share_and_says_so() -> None:
     schedule = decide(FACTS, budget_minutes=5)
     needed = sum(
         wanted * step_s * STEP_OVERHEAD[stage]
-        for stage, wanted, step_s in ((PRETRAIN, 1313, 0.2), (GENERATION, 1500, 0.1), (EDITING, 500, 0.3))
+        for stage, wanted, step_s in ((PRETRAIN, 1125, 0.2), (GENERATION, 1000, 0.1), (EDITING, 200, 0.3))
     )
     share = (5 * 60 - 100) / needed
-    assert schedule.values[PRETRAIN]["trainer.max_steps"] == int(1313 * share)
-    assert schedule.values[EDITING]["trainer.max_steps"] == int(500 * share)
+    assert schedule.values[PRETRAIN]["trainer.max_steps"] == int(1125 * share)
+    assert schedule.values[EDITING]["trainer.max_steps"] == int(200 * share)
     assert sum(schedule.seconds.values()) == pytest.approx(200, rel=0.01)
-    assert schedule.unreached[0] == f"pretrain gets {int(1313 * share)} of the 1313 steps that it asks for"
+    assert schedule.unreached[0] == f"pretrain gets {int(1125 * share)} of the 1125 steps that it asks for"
     assert len(schedule.unreached) == 3
 
 
 def test_more_rows_ask_for_more_steps() -> None:
     more = replace(FACTS, rows=15_000, decoders={GENERATION: replace(NEW, rows=5_000)})
-    assert wanted_steps(more) == {PRETRAIN: 13_125, GENERATION: 2_500}
+    assert wanted_steps(more) == {PRETRAIN: 11_250, GENERATION: 2_500}
     few = replace(FACTS, rows=100, decoders={})
     assert wanted_steps(few) == {PRETRAIN: 500}
 

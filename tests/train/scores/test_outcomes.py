@@ -19,10 +19,12 @@ from train.scores.outcomes import (
     judge_generation,
     judge_reconstruction,
     order,
+    outcome_of,
     pixels_like,
     require_truth,
     scores_of,
 )
+from train.scores.own_scores import own_scores
 from train.scores.scoring import edited_region, geneval_metadata, judge_edit, relations, same_scene, unmet
 
 RED, BLUE = Thing("circle", "red", "large", 3), Thing("square", "blue", "large", 5)
@@ -341,3 +343,20 @@ def test_rows_whose_truth_is_not_one_are_refused(change: dict[str, Any], sentenc
         require_truth(dataclasses.replace(row, truth={**(row.truth or {}), **change}))
     with pytest.raises(UserError, match="truth lacks language; rows with scenes need category, language, scenes"):
         require_truth(dataclasses.replace(row, truth={"category": "colour"}))
+
+
+def test_truth_that_names_no_scenes_is_none_for_a_detector(tmp_path: Path) -> None:
+    """A row with an answer of its own: no category, its own language, and scores of rows without scenes."""
+    row = dataclasses.replace(
+        row_of("understanding", [Scene((RED,), "white", "plain", 0)], "colour", tmp_path),
+        truth={"answers": ["red"]},
+    )
+    with pytest.raises(UserError, match="no ground truth to score by"):
+        require_truth(row)
+    outcome = outcome_of(row, "understanding")
+    assert "category" not in outcome and outcome["language"] == row.language
+    answers = [
+        {"phase": "understanding", "prompt": "?", "exact": n == 0, "similarity": n / 2, "replies": ["a"]}
+        for n in (0, 1)
+    ]
+    assert scores_of(answers) == own_scores("understanding", answers) != {}

@@ -1,6 +1,7 @@
 """The average of the weights against its closed form, whatever the cut; and the weights back, bit for bit."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,3 +185,62 @@ def test_a_share_of_the_first_weights_stays_in_what_is_measured_and_exported(tmp
 def test_a_share_that_cannot_be_kept_is_refused(config: AverageConfig, said: str) -> None:
     with pytest.raises(UserError, match=said):
         config.check()
+
+
+def test_one_process_wrote_the_checkpoint(tmp_path: Path) -> None:
+    average, model = started(0.9)
+    follow(average, model)
+    average.save(tmp_path)
+    resumed, _ = started(0.9)
+    resumed.load(tmp_path)
+    assert resumed.num_updates == 3
+    torch.testing.assert_close(resumed.shares, average.shares, rtol=0, atol=0)
+
+
+def test_a_whole_parameter_is_put_together_from_the_shares_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five numbers on two processes: three here, two and a filling there."""
+
+    def all_gather(parts: list[Tensor], own: Tensor) -> None:
+        assert own.tolist() == [0.0, 1.0, 2.0]
+        for part, values in zip(parts, (own, torch.tensor([3.0, 4.0, -1.0])), strict=True):
+            part.copy_(values)
+
+    monkeypatch.setattr(distributed, "all_gather", all_gather)
+    average, _ = started(0.9, 0, 2)
+    whole_of = average._whole(torch.tensor([0.0, 1.0, 2.0]), torch.zeros(5, 1))
+    assert whole_of.shape == (5, 1) and whole_of.flatten().tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_share_under_zero_3_is_of_the_optimizers_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter: Any = SimpleNamespace(ds_id=0, ds_numel=5)
+    copies = {id(parameter): torch.arange(3.0)}
+    monkeypatch.setattr("train.steps.average.safe_get_local_fp32_param", lambda one: copies[id(one)])
+    shares = [WeightAverage(Model(), 0.9, rank, 2)._master_share(parameter).tolist() for rank in (0, 1)]
+    assert shares == [[0.0, 1.0, 2.0], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize("partitioned", [True, False])
+def test_rank_zero_writes_what_is_partitioned_and_every_rank_what_is_not(
+    partitioned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed hands rank zero's version of a gathered parameter to all when the context ends."""
+    given: list[dict[str, Any]] = []
+
+    @contextmanager
+    def gathered(parameters: list[Any], **options: Any) -> Iterator[None]:
+        given.append(options)
+        yield
+
+    monkeypatch.setattr("train.steps.average.deepspeed.zero.GatheredParameters", gathered)
+    monkeypatch.setattr(WeightAverage, "_whole", lambda self, share, parameter: share.view(parameter.shape))
+    for rank in (0, 1):
+        model = Model()
+        if partitioned:
+            for parameter in (model.matrix, model.vector):
+                parameter.ds_id = 0  # type: ignore[attr-defined]
+        average = WeightAverage(model, 0.9, rank, 2)
+        average._write({"matrix": torch.full((5,), 2.0), "vector": torch.full((2,), 3.0)})
+        written = rank == 0 or not partitioned
+        assert model.matrix.flatten().tolist() == [2.0 if written else 0.0] * 5
+        assert model.vector.tolist() == [3.0 if written else 0.0] * 2
+    assert given == [{"modifier_rank": 0, "enabled": partitioned}] * 4
