@@ -30,10 +30,12 @@ from nexus_gen.parts.models import SHIPPED_RUN, runs_dir
 from nexus_gen.specs.arguments import Parser, reader
 from nexus_gen.specs.errors import UserError, nearest
 from nexus_gen.specs.numbers import read_whole
+from train.preflight.inputs import inputs_of
+from train.preflight.stage import preflight
 from train.runs.parents import end_with_parent
 from train.schemas.ablation import PLAN, Ablation
 from train.schemas.fields import escaped, fingerprint_values
-from train.schemas.stages import StageConfig
+from train.schemas.stage import StageConfig
 
 FILES = {path.stem: path for path in sorted((CONFIGS / "ablation").glob("*.yaml"))}
 OPTION_OF = {"name": "--output", "runs_dir": "--output", "seed": "--seeds"}  # keys that arms have from options
@@ -113,7 +115,7 @@ def main(argv: list[str]) -> int:
     for arm in arms:
         if arm.seed == arguments.seeds[0]:  # before any arm starts
             require_stages(arm.configs[0], run)
-            arm.configs[0].preflight()
+            preflight(arm.configs[0])
     statuses = run_arms(arms, arguments.jobs)
     status = 0
     for name in ablations:
@@ -154,7 +156,7 @@ def compose_arms(name: str, run: Path, output: Path, seeds: list[int], given: li
 
 def require_stages(config: StageConfig, run: Path) -> None:
     """UserError naming the first stage of `run` that an arm needs and the run has not finished."""
-    for role, where in config.inputs().items():
+    for role, where in inputs_of(config).items():
         if run in where.parents and not where.exists():
             remedy = f"finish stage={where.relative_to(run).parts[0]} of {run}"
             if run.resolve() == SHIPPED_RUN.resolve():

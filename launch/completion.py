@@ -12,7 +12,7 @@ from launch.longer import MORE, TRAINING
 from launch.overrides import CONFIGS, GROUPS, choices
 from train.schemas.common import PATH
 from train.schemas.fields import keys, walk
-from train.schemas.stages import SCHEMAS
+from train.schemas.table import SCHEMAS
 
 SCRIPT = """_nexus_gen() {
   COMP_WORDBREAKS=${COMP_WORDBREAKS//=}; compopt -o nospace

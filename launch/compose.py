@@ -13,7 +13,8 @@ from launch.overrides import CONFIGS, Override
 from launch.python_path import CHECKOUT
 from nexus_gen.specs.errors import UserError, nearest
 from train.schemas.fields import keys, path_values, typed, types_of_keys
-from train.schemas.stages import SCHEMAS, StageConfig
+from train.schemas.stage import StageConfig
+from train.schemas.table import SCHEMAS
 
 # Sections that describe more than one stage reads; a stage takes its part of them.
 SHARED = ("model", "data", "logger")

@@ -22,7 +22,8 @@ from nexus_gen.specs.numbers import read_number
 from train.runs.directory import load_config
 from train.runs.lengths import LENGTHS, length
 from train.schemas.fields import escaped, typed
-from train.schemas.stages import SCHEMAS, StageConfig
+from train.schemas.stage import StageConfig
+from train.schemas.table import SCHEMAS
 
 MORE = "more"
 REQUEST = "more.json"  # in a run: stage -> the key of its length, and its values: recorded before, requested last

@@ -18,7 +18,7 @@ from launch.python_path import CHECKOUT
 from nexus_gen.specs.arguments import list_to_paste
 from nexus_gen.specs.errors import UserError, nearest
 from train.schemas.fields import escaped, types_of_keys
-from train.schemas.stages import SCHEMAS
+from train.schemas.table import SCHEMAS
 
 CONFIGS = CHECKOUT / "configs"
 NOT_OF_STAGES = ("pipeline", "ablation")  # folders of configs/ that hold plans, not parts of a stage's config

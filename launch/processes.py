@@ -19,10 +19,11 @@ from launch.lock import SUFFIX, Lock
 from launch.python_path import python_variables
 from nexus_gen.artifacts.artifact import write_text_atomic
 from nexus_gen.specs.errors import UserError
+from train.preflight.stage import read_ahead
 from train.runs.directory import code_version
 from train.runs.failures import STOPPED, first_failure
 from train.schemas.common import LaunchConfig
-from train.schemas.stages import StageConfig, read_ahead
+from train.schemas.stage import StageConfig
 
 SHUTDOWN_TIMEOUT_S = 900  # a scheduler's SIGTERM goes through torchrun; a full-size checkpoint takes minutes
 

@@ -29,6 +29,8 @@ from launch.python_path import python_variables
 from launch.scheduled import idle_stages, recorded_schedule, schedule_of, with_schedule
 from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.errors import UserError, nearest
+from train.preflight.inputs import inputs_of
+from train.preflight.stage import preflight, preflight_pipeline
 from train.runs.directory import (
     TIMING,
     beginning,
@@ -45,7 +47,9 @@ from train.runs.directory import (
 from train.runs.failures import STOPPED
 from train.schemas.common import LaunchConfig
 from train.schemas.fields import as_yaml, keys
-from train.schemas.stages import SCHEMAS, ScheduleStageConfig, StageConfig, preflight_pipeline
+from train.schemas.schedule import ScheduleStageConfig
+from train.schemas.stage import StageConfig
+from train.schemas.table import SCHEMAS
 
 GROUPS_OF_ALL = ("model", "data", "launch", "logger", "experiment")
 
@@ -227,7 +231,7 @@ def describe(config: StageConfig) -> str:
             f" x {launch.world_size} processes x {accumulation} accumulated",
             f"  training: {length}, ZeRO-{trainer.zero_stage}, {trainer.precision}",
         ]
-    lines += [f"  reads {role}: {where}" for role, where in config.inputs().items()]
+    lines += [f"  reads {role}: {where}" for role, where in inputs_of(config).items()]
     config_path = config.run_dir / "config.yaml"
     if launch.kind == "slurm":
         lines += ["  sbatch script:", *(f"    {line}" for line in slurm_script(launch, config_path).splitlines())]
@@ -263,7 +267,7 @@ def run_stages(
 
 def run_stage(config: StageConfig, crew: Crew, again: bool, more: bool = False) -> int:
     """Preflight, record the config, have the crew run it. again: also where nothing changed. more: see `beginning`."""
-    config.preflight()
+    preflight(config)
     wanted = identity(config)
     if not again and made_by(config, wanted):
         require_artifact(config)

@@ -7,8 +7,13 @@ from typing import Any
 
 from launch.longer import with_overrides
 from launch.overrides import Override
+from train.preflight.inputs import inputs_of
+from train.preflight.rows import task_rows
 from train.runs.directory import identity, load_config, made_by
-from train.schemas.stages import SCHEDULE_FILE, SCHEMAS, EmbedStageConfig, ScheduleStageConfig, StageConfig
+from train.schemas.embed import EmbedStageConfig
+from train.schemas.schedule import SCHEDULE_FILE, ScheduleStageConfig
+from train.schemas.stage import StageConfig
+from train.schemas.table import SCHEMAS
 
 SCHEDULE = "schedule"  # the stage
 
@@ -26,7 +31,7 @@ def with_schedule(configs: Sequence[StageConfig], given: Sequence[Override]) -> 
     schedule = schedule_of(configs)
     if schedule is None or not (schedule.artifact_dir / SCHEDULE_FILE).is_file():
         return list(configs)
-    if not all(where.exists() for where in schedule.inputs().values()) or not made_by(schedule, identity(schedule)):
+    if not all(where.exists() for where in inputs_of(schedule).values()) or not made_by(schedule, identity(schedule)):
         return list(configs)
     content: dict[str, Any] = json.loads((schedule.artifact_dir / SCHEDULE_FILE).read_text(encoding="utf-8"))
     return [with_overrides(config, decided(config.stage, content["values"], given)) for config in configs]
@@ -44,7 +49,7 @@ def idle_stages(stages: Sequence[str], schedule: ScheduleStageConfig | None) -> 
     """The stages of a scheduled pipeline that its training rows do not feed, and a sentence that says so."""
     if schedule is None:
         return [], ""
-    tasks = schedule.task_rows()
+    tasks = task_rows(schedule)
     schemas = [(stage, SCHEMAS[stage]) for stage in stages]
     absent = {stage: of.task for stage, of in schemas if issubclass(of, EmbedStageConfig) and of.task not in tasks}
     idle = [*absent, *(f"{task}_decoder" for task in absent.values())]

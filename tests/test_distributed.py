@@ -26,7 +26,7 @@ from nexus_gen.artifacts.artifact import Manifest, seal, verify
 from nexus_gen.flux.text_encoders import encode_context, encode_pooled
 from nexus_gen.pictures.images import open_image
 from train.runs.directory import load_config
-from train.schemas.stages import DecoderConfig
+from train.schemas.decoders import DecoderConfig
 
 pytestmark = pytest.mark.slow
 

@@ -37,33 +37,37 @@ ALLOWED = {
     "data.shards": "nexus_gen.specs nexus_gen.artifacts nexus_gen.pictures data.records data.messages data.mixture",
     "data.doctor": "nexus_gen.specs nexus_gen.artifacts nexus_gen.pictures nexus_gen.parts data data.shapes "
     "data.records data.messages data.mixture",
-    "train.schemas": "nexus_gen.specs nexus_gen.artifacts nexus_gen.tensors nexus_gen.language nexus_gen.parts "
-    "data.shapes data.records data.mixture data.shards",
-    "train.runs": "nexus_gen.specs nexus_gen.artifacts train.schemas",
+    "train.schemas": "nexus_gen.specs nexus_gen.artifacts data.shapes data.mixture data.shards",
+    "train.preflight": "nexus_gen.specs nexus_gen.artifacts nexus_gen.tensors nexus_gen.language nexus_gen.parts "
+    "data.records data.mixture data.shards train.schemas",
+    "train.runs": "nexus_gen.specs nexus_gen.artifacts train.schemas train.preflight",
     "train.pages": "",
     "train.steps": "nexus_gen.specs nexus_gen.artifacts nexus_gen.tensors train.schemas train.runs",
     "train": "nexus_gen.specs nexus_gen.artifacts nexus_gen.tensors nexus_gen.parts data.shapes train.schemas "
     "train.runs train.steps",
     "train.standins": "nexus_gen.specs nexus_gen.artifacts nexus_gen.pictures nexus_gen.flux nexus_gen.language "
-    "nexus_gen.decoders data.mixture train.schemas train",
+    "nexus_gen.decoders data.mixture train.schemas train.preflight train",
     "train.pretrain": "nexus_gen.specs nexus_gen.artifacts nexus_gen.pictures nexus_gen.language nexus_gen.parts "
-    "data.records data.messages data.mixture data.shards train.schemas train.runs train.steps train",
+    "data.records data.messages data.mixture data.shards train.schemas train.preflight train.runs train.steps train",
     "train.embed": "nexus_gen.specs nexus_gen.artifacts nexus_gen.pictures nexus_gen.tensors nexus_gen.flux "
     "nexus_gen.language nexus_gen.parts nexus_gen.decoders data.messages data.mixture data.shards train.schemas "
-    "train.steps train",
+    "train.preflight train.steps train",
     "train.decoders": "nexus_gen.specs nexus_gen.artifacts nexus_gen.tensors nexus_gen.flux nexus_gen.language "
-    "nexus_gen.parts nexus_gen.decoders data.shards train.schemas train.runs train.steps train",
+    "nexus_gen.parts nexus_gen.decoders data.shards train.schemas train.preflight train.runs train.steps train",
     "train.schedule": "nexus_gen.specs nexus_gen.artifacts nexus_gen.pictures nexus_gen.flux nexus_gen.language "
-    "nexus_gen.parts nexus_gen.decoders data.messages data.mixture train.schemas train.steps train train.decoders",
+    "nexus_gen.parts nexus_gen.decoders data.messages data.mixture train.schemas train.preflight train.steps train "
+    "train.decoders",
     "train.scores": "nexus_gen.specs nexus_gen.artifacts nexus_gen.pictures data.shapes data.messages",
     "train.evaluate": "nexus_gen.specs nexus_gen.artifacts nexus_gen.pictures nexus_gen.parts nexus_gen "
-    "nexus_gen.commands data.records data.messages data.mixture train.runs train.pages train train.scores",
+    "nexus_gen.commands data.records data.messages data.mixture train.preflight train.runs train.pages train "
+    "train.scores",
     "train.report": "nexus_gen.specs nexus_gen.artifacts nexus_gen.pictures nexus_gen.tensors nexus_gen.language "
-    "nexus_gen.parts nexus_gen nexus_gen.commands data.messages data.mixture train.schemas train.runs train.pages "
-    "train.steps train train.decoders train.scores train.evaluate",
-    "launch": "nexus_gen.specs nexus_gen.artifacts nexus_gen.parts train.schemas train.runs",
+    "nexus_gen.parts nexus_gen nexus_gen.commands data.messages data.mixture train.schemas train.preflight train.runs "
+    "train.pages train.steps train train.decoders train.scores train.evaluate",
+    "launch": "nexus_gen.specs nexus_gen.artifacts nexus_gen.parts train.schemas train.preflight train.runs",
 }
-LIGHT = ("launch", "train.schemas", "train.runs", "nexus_gen.specs")  # with all that they import: no wait for torch
+# With all that they import: no wait for torch.
+LIGHT = ("launch", "train.schemas", "train.preflight", "train.runs", "nexus_gen.specs")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for package in PACKAGES

@@ -12,7 +12,7 @@ from PIL import Image
 from runs import NEXUS_GEN, TRAINED
 
 from train.runs.directory import load_config
-from train.schemas.stages import SCHEDULE_FILE
+from train.schemas.schedule import SCHEDULE_FILE
 
 CHECKOUT = Path(__file__).parents[1]
 PAGE = CHECKOUT / "docs" / "datasets.md"

@@ -20,7 +20,8 @@ from nexus_gen.pictures.images import open_image
 from nexus_gen.tensors.headers import read_header
 from train.decoders.stage import build_initial_decoder
 from train.runs.directory import load_config
-from train.schemas.stages import DecoderConfig, ShapesStageConfig
+from train.schemas.decoders import DecoderConfig
+from train.schemas.standins import ShapesStageConfig
 
 pytestmark = pytest.mark.slow
 STAGES = ("shapes", "standins", "pretrain", *DECODER_KINDS)

@@ -20,7 +20,8 @@ from nexus_gen.decoders.checkpoint import load_decoder
 from nexus_gen.language.checkpoint import load_autoregressive
 from train.decoders.stage import meta_decoder
 from train.runs.directory import load_config
-from train.schemas.stages import DecoderConfig, PretrainConfig
+from train.schemas.decoders import DecoderConfig
+from train.schemas.pretrain import PretrainConfig
 
 pytestmark = pytest.mark.slow
 

@@ -38,7 +38,7 @@ from nexus_gen.specs.arguments import Parser
 from nexus_gen.specs.errors import UserError
 from train.runs.directory import TIMING, code_version, timing_of
 from train.schemas.fields import path_values
-from train.schemas.stages import SCHEMAS
+from train.schemas.table import SCHEMAS
 
 # stage -> patterns of what its artifact gives; `shapes` gives rows, by `ship_rows`.
 FILES = {

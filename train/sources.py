@@ -1,7 +1,7 @@
 """The first stage of the pipelines that need no download: the procedural dataset."""
 
 from data.shapes.dataset import draw_rows
-from train.schemas.stages import ShapesStageConfig
+from train.schemas.standins import ShapesStageConfig
 from train.stage import Stage
 
 

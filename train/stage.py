@@ -17,7 +17,7 @@ import torch.distributed
 from nexus_gen.artifacts.artifact import Manifest, building, remember_sealed, seal
 from nexus_gen.artifacts.content import Contents
 from train.runs.directory import checkpoints_identity
-from train.schemas.stages import StageConfig
+from train.schemas.stage import StageConfig
 
 log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from data.shapes.scenes import CELLS, COLOURS, GROUNDS, SHAPES, SIZES, TEXTURES, Scene, Thing, name, renamed
 from nexus_gen.specs.errors import UserError
+from nexus_gen.specs.keys import described, key
 
 TASKS = ("understanding", "generation", "editing")
 CAPTIONS = ("single_object", "two_objects", "counting", "colours", "position", "colour_attribution")  # as in GenEval
@@ -92,36 +93,33 @@ TRIES = 4  # for each further question, before a conversation ends
 Choice = TypeVar("Choice")
 
 
-@dataclass
+@described
 class ShapesConfig:
     """How much is drawn, and how varied: the fewer colours, shapes and textures, the smaller a model that learns it.
 
-    image_size: pixels to a side. understanding, generation, editing: relative shares of the tasks.
-    max_objects: in any picture. num_colours, num_shapes: so many of the palette, the first ones.
-    textured_fraction: of the scenes, by their ground. chinese_fraction: of the rows; the others are English.
-    num_questions: about one picture in a training row at most; rows of the other splits ask one.
-    new_names: share of the training rows that call colours and shapes by data.shapes.scenes.NEW_NAMES; where it is
-    above 0, all rows of the other splits do.
+    The names that `new_names` means are data.shapes.scenes.NEW_NAMES.
     """
 
-    num_train: int
-    num_heldout: int
-    num_compositional: int
-    image_size: int
-    understanding: float
-    generation: float
-    editing: float
-    max_objects: int
-    num_colours: int
-    num_shapes: int
-    textured_fraction: float
-    chinese_fraction: float
-    num_questions: int
-    new_names: float
+    num_train: int = key("Rows of train.jsonl", "rows")
+    num_heldout: int = key("Rows of heldout.jsonl", "rows")
+    num_compositional: int = key("Rows of compositional.jsonl, whose combinations training never shows", "rows")
+    image_size: int = key("Side of the pictures", "pixels")
+    understanding: float = key("Share of the rows that ask about a picture, relative to the other two tasks")
+    generation: float = key("Share of the rows that ask for a picture, relative to the other two tasks")
+    editing: float = key("Share of the rows that ask to change a picture, relative to the other two tasks")
+    max_objects: int = key("Objects in any picture at most", "objects")
+    num_colours: int = key("Colours in use, the first ones of the palette")
+    num_shapes: int = key("Shapes in use, the first ones of the list")
+    textured_fraction: float = key("Share of the scenes that have a textured ground, from 0 to 1")
+    chinese_fraction: float = key("Share of the rows that are in Chinese, from 0 to 1; the others are English")
+    num_questions: int = key("Questions about one picture in a training row at most; rows of the other splits ask one")
+    new_names: float = key(
+        "Share of the training rows that use invented names, from 0 to 1; above 0, all rows of the other splits do"
+    )
 
     def check(self) -> None:
         """UserError for numbers out of range."""
-        for key, low, high in (
+        for number, low, high in (
             ("num_train", 1, 10**7),
             ("num_heldout", 1, 10**7),
             ("num_compositional", 0, 10**7),
@@ -134,8 +132,8 @@ class ShapesConfig:
             ("num_questions", 1, 64),
             ("new_names", 0, 1),
         ):
-            if not low <= getattr(self, key) <= high:
-                raise UserError(f"shapes.{key} is {getattr(self, key)}; it must be from {low} to {high}")
+            if not low <= getattr(self, number) <= high:
+                raise UserError(f"shapes.{number} is {getattr(self, number)}; it must be from {low} to {high}")
         shares = {task: getattr(self, task) for task in TASKS}
         if not (all(0 <= share < float("inf") for share in shares.values()) and sum(shares.values()) > 0):
             given = ", ".join(f"shapes.{task} is {share}" for task, share in shares.items())

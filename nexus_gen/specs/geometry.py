@@ -1,12 +1,12 @@
 """Token counts and model geometry; no torch, so that launchers can read them.
 
-The dataclasses are not frozen because omegaconf takes that for read-only and then cannot fill them.
-
 Legend: a grid is counted in vision patches per side before merging; 2 x 2 patches merge into one token.
 """
 
 import math
 from dataclasses import dataclass, fields
+
+from nexus_gen.specs.keys import described, key
 
 MERGE_SIZE = 2
 REFERENCE_GRID = 36  # a reference image of the editing decoder: 504 px at patch 14
@@ -42,32 +42,34 @@ def target_grids(num_target_tokens: int) -> tuple[tuple[int, int], ...]:
     return ((side, side), *(turned for grid in longer for turned in (grid, grid[::-1])))
 
 
-@dataclass
+@described
 class VisionGeometry:
     """Qwen2.5-VL's vision tower; `out_hidden_size` is the language model's width."""
 
-    patch_size: int
-    hidden_size: int
-    intermediate_size: int
-    depth: int
-    num_heads: int
-    window_size: int
-    fullatt_block_indexes: list[int]
+    patch_size: int = key("Side of the square that becomes one vector; 2 x 2 patches merge into a token", "pixels")
+    hidden_size: int = key("Width of the vision tower")
+    intermediate_size: int = key("Width inside the vision tower's feed-forward layers")
+    depth: int = key("Blocks of the vision tower")
+    num_heads: int = key("Attention heads of the vision tower; they divide hidden_size")
+    window_size: int = key("Side of the windows in which most blocks attend", "pixels")
+    fullatt_block_indexes: list[int] = key(
+        "Blocks that attend over the whole picture instead of windows, counted from 0"
+    )
 
 
-@dataclass
+@described
 class LanguageGeometry:
     """Qwen2.5's decoder; `mrope_section` sums to half the head width."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_key_value_heads: int
-    mrope_section: list[int]
-    rope_theta: float
-    rms_norm_eps: float
+    vocab_size: int = key("Rows of the language model's token embedding")
+    hidden_size: int = key("Width of the language model")
+    intermediate_size: int = key("Width inside the language model's feed-forward layers")
+    num_layers: int = key("Layers of the language model")
+    num_heads: int = key("Query heads of the language model")
+    num_key_value_heads: int = key("Key and value heads of the language model, each shared by several query heads")
+    mrope_section: list[int] = key("Rotary frequencies for time, height and width; they sum to half the head width")
+    rope_theta: float = key("Base of the language model's rotary frequencies")
+    rms_norm_eps: float = key("Added to the mean square in the language model's RMS norms")
 
 
 @dataclass
@@ -88,29 +90,29 @@ class ProjectorGeometry:
         return cls(**{field.name: getattr(language, field.name) for field in fields(cls)})
 
 
-@dataclass
+@described
 class FluxGeometry:
     """FLUX's transformer; `rope_axes_dim` sums to hidden_size / num_heads."""
 
-    hidden_size: int
-    num_heads: int
-    num_joint_blocks: int
-    num_single_blocks: int
-    context_dim: int
-    pooled_dim: int
-    rope_axes_dim: list[int]
-    latent_channels: int
-    patch_size: int
+    hidden_size: int = key("Width of FLUX's transformer")
+    num_heads: int = key("Attention heads of FLUX's transformer; they divide hidden_size")
+    num_joint_blocks: int = key("Blocks with separate weights for the condition and the picture")
+    num_single_blocks: int = key("Blocks with the same weights for the condition and the picture")
+    context_dim: int = key("Width of the condition's tokens, T5's hidden_size")
+    pooled_dim: int = key("Width of the pooled text vector, CLIP's hidden_size")
+    rope_axes_dim: list[int] = key("Rotary widths of index, row and column; they sum to hidden_size / num_heads")
+    latent_channels: int = key("Channels of the latents that the transformer denoises, those of the VAE")
+    patch_size: int = key("Side of the square of latents that becomes one token", "latents")
 
 
-@dataclass
+@described
 class VaeGeometry:
     """FLUX's autoencoder: one entry of `channels` per resolution, halved between entries."""
 
-    channels: list[int]
-    num_res_blocks: int
-    norm_groups: int
-    latent_channels: int
+    channels: list[int] = key("Channels at each resolution, from full size down; each next one has half the side")
+    num_res_blocks: int = key("Residual blocks at each resolution of the encoder")
+    norm_groups: int = key("Groups of the group norms; they divide every entry of channels")
+    latent_channels: int = key("Channels of the latents that the encoder makes")
 
     @property
     def downscale(self) -> int:
@@ -118,12 +120,12 @@ class VaeGeometry:
         return 2 ** (len(self.channels) - 1)
 
 
-@dataclass
+@described
 class TextEncoderGeometry:
     """CLIP's or T5's text encoder."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
+    vocab_size: int = key("Rows of the text encoder's token embedding")
+    hidden_size: int = key("Width of the text encoder")
+    intermediate_size: int = key("Width inside the text encoder's feed-forward layers")
+    num_layers: int = key("Layers of the text encoder")
+    num_heads: int = key("Attention heads of the text encoder")

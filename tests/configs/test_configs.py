@@ -9,8 +9,10 @@ from omegaconf import OmegaConf
 from launch import ablate
 from launch.compose import CONFIGS, Override, compose_stage
 from launch.run import compose_pipeline
+from train.preflight.inputs import inputs_of
 from train.schemas.fields import fingerprint_values
-from train.schemas.stages import SCHEMAS, PretrainConfig
+from train.schemas.pretrain import PretrainConfig
+from train.schemas.table import SCHEMAS
 
 # what a user gives because nobody else can know it
 REQUIRED = {"data": ["data.train=t.jsonl", "data.heldout=h.jsonl"]}
@@ -68,7 +70,7 @@ def test_arms_compose_validate_and_differ(name: str, tmp_path: Path) -> None:
     assert all(one != other for place, one in enumerate(first) for other in first[:place])
     for arm in arms:
         assert [config.launch.device for config in arm.configs] == ["cpu"] * len(arm.configs)
-        read = [path for config in arm.configs for path in config.inputs().values()]
+        read = [path for config in arm.configs for path in inputs_of(config).values()]
         assert all(tmp_path / "run" in path.parents or arm.directory in path.parents for path in read)
 
 

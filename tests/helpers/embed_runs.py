@@ -23,9 +23,10 @@ from nexus_gen.artifacts.artifact import verify
 from nexus_gen.decoders.checkpoint import save_vae
 from nexus_gen.flux.vae import FluxVae
 from nexus_gen.specs.geometry import VaeGeometry
+from train.preflight.stage import preflight
 from train.runs.directory import identity, made_by, prepare
+from train.schemas.embed import EmbedStageConfig
 from train.schemas.fields import typed
-from train.schemas.stages import EmbedStageConfig
 from train.stage import seed_everything
 
 VAE = VaeGeometry([8, 16], 1, 4, 16)
@@ -117,7 +118,7 @@ def config(inputs: Path, data: Path, runs_dir: Path, stage: str = "embed_generat
 
 def start(stage: EmbedStageConfig, world_size: int = 1) -> list[BaseProcess]:
     """What `nexus-gen run` does before its processes, and these processes."""
-    stage.preflight()
+    preflight(stage)
     prepare(stage, identity(stage))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nexus_gen.language.checkpoint", "train.embed.stage"])

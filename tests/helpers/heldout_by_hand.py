@@ -8,7 +8,7 @@ from torch import nn
 
 from data.shards.files import index_shard, read_sample
 from nexus_gen.flux.text_encoders import encode_pooled
-from train.schemas.stages import DecoderConfig
+from train.schemas.decoders import DecoderConfig
 
 
 def heldout_by_hand(decoder: nn.Module, config: DecoderConfig) -> float:

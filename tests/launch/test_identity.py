@@ -13,9 +13,12 @@ from launch.run import run_stage
 from nexus_gen.artifacts.artifact import Manifest, digest, hash_file, seal
 from nexus_gen.parts.models import SHIPPED_RUN
 from nexus_gen.specs.errors import UserError
+from train.preflight.inputs import inputs_of
+from train.preflight.rehearsal import knows_shipped_rows
+from train.preflight.rows import preflight_rows
+from train.preflight.stage import preflight
 from train.runs.directory import identity, made_by, prepare
-from train.schemas.rehearsal import knows_shipped_rows
-from train.schemas.stages import StageConfig
+from train.schemas.stage import StageConfig
 
 BIG = 5 << 20  # bytes; earlier versions looked at 1 MiB of either end
 
@@ -180,7 +183,7 @@ def test_a_raised_version_makes_a_stage_again(place: Path, monkeypatch: pytest.M
 
 def earlier_identity(config: StageConfig) -> dict[str, Any]:
     """As a version recorded it that looked at no pictures, and at the ends of large files."""
-    qwen, now = config.inputs()["model.qwen"], identity(config)
+    qwen, now = inputs_of(config)["model.qwen"], identity(config)
     weights = (qwen / "weights.bin").read_bytes()
     ends = digest([len(weights), weights[: 1 << 20].hex(), weights[-(1 << 20) :].hex()])
     files = [["config.json", hash_file(qwen / "config.json")], ["weights.bin", ends]]
@@ -261,7 +264,7 @@ def test_rows_of_the_rehearsal_their_pictures_and_their_share_count(place: Path)
     rehearsing = ["data.rehearsal=0.2", f"data.rehearsal_rows={old}"]
     config = stage(place, "pretrain", *rehearsing)
     finish(config)
-    assert unchanged(config) and config.inputs()["data.rehearsal_rows"] == old
+    assert unchanged(config) and inputs_of(config)["data.rehearsal_rows"] == old
     assert not unchanged(stage(place, "pretrain", "data.rehearsal=0.3", rehearsing[1]))
     old.rename(place / "moved.jsonl")
     assert unchanged(stage(place, "pretrain", rehearsing[0], f"data.rehearsal_rows={place / 'moved.jsonl'}"))
@@ -273,12 +276,12 @@ def test_rows_of_the_rehearsal_their_pictures_and_their_share_count(place: Path)
 
 def test_rows_to_rehearse_are_asked_for_where_none_are_known(place: Path) -> None:
     with pytest.raises(UserError, match=r"model\.qwen .*qwen was trained on.*data\.rehearsal_rows=PATH.*rehearsal=0"):
-        stage(place, "pretrain", "data.rehearsal=0.2").preflight_rows()
+        preflight_rows(stage(place, "pretrain", "data.rehearsal=0.2"))
     with pytest.raises(UserError, match=r"gone\.jsonl"):
-        stage(place, "pretrain", "data.rehearsal=0.2", f"data.rehearsal_rows={place / 'gone.jsonl'}").preflight()
-    stage(place, "pretrain", "data.rehearsal=0.2", f"data.rehearsal_rows={write_old_rows(place)}").preflight_rows()
+        preflight(stage(place, "pretrain", "data.rehearsal=0.2", f"data.rehearsal_rows={place / 'gone.jsonl'}"))
+    preflight_rows(stage(place, "pretrain", "data.rehearsal=0.2", f"data.rehearsal_rows={write_old_rows(place)}"))
     shipped = SHIPPED_RUN / "pretrain" / "artifact"
-    stage(place, "pretrain", "data.rehearsal=0.2", f"model.qwen={shipped}").preflight_rows()
+    preflight_rows(stage(place, "pretrain", "data.rehearsal=0.2", f"model.qwen={shipped}"))
     # What was finetuned from it, which the embedding stages read, rehearses the same rows.
     finish(stage(place, "pretrain", f"model.qwen={shipped}"))
     finetuned = stage(place, "pretrain", f"model.qwen={shipped}").artifact_dir
@@ -286,7 +289,7 @@ def test_rows_to_rehearse_are_asked_for_where_none_are_known(place: Path) -> Non
     with pytest.raises(UserError, match=r"model\.qwen .*artifact was trained on"):
         finish(stage(place, "pretrain", "name=other"))
         other = stage(place, "pretrain", "name=other").artifact_dir
-        stage(place, "pretrain", "data.rehearsal=0.2", f"model.qwen={other}").preflight_rows()
+        preflight_rows(stage(place, "pretrain", "data.rehearsal=0.2", f"model.qwen={other}"))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from nexus_gen.artifacts.artifact import Manifest, seal
 from nexus_gen.specs.errors import UserError
 from train.runs.directory import beginning, identity, prepare, request_another
 from train.runs.lengths import length, read_history
-from train.schemas.stages import StageConfig
+from train.schemas.stage import StageConfig
 
 ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 

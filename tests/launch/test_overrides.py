@@ -12,8 +12,9 @@ from launch.overrides import Override
 from launch.run import compose_pipeline
 from nexus_gen.parts.models import SHIPPED_RUN
 from nexus_gen.specs.errors import UserError
+from train.preflight.inputs import inputs_of, require_inputs
 from train.runs.directory import load_config, prepare
-from train.schemas.stages import StageConfig
+from train.schemas.stage import StageConfig
 
 NAMES = (
     *("中文", "my run", "a=b", "a,b", "c#d", "(x)", "[y]", "[x, y]", "{z}", "{a: 1}", "it's", '"', "a$b", "$$"),
@@ -39,7 +40,7 @@ def test_names_and_paths_are_taken_as_typed(name: str, tmp_path: Path, monkeypat
     config = stage("stage=pretrain", f"name={name}", *paths)
     assert config.name == name
     assert config.run_dir == tmp_path / "runs" / name / "pretrain"
-    assert config.inputs() == {
+    assert inputs_of(config) == {
         "model.qwen": tmp_path / "runs" / name / "standins" / "artifact" / "Qwen2.5-VL-Instruct",
         "data.train": tmp_path / name / "rows.jsonl",
         "data.heldout": tmp_path / name / "heldout.jsonl",
@@ -47,7 +48,7 @@ def test_names_and_paths_are_taken_as_typed(name: str, tmp_path: Path, monkeypat
     prepare(config, {})
     assert load_config(config.run_dir) == config
     moved = config.run_dir.parent.rename(tmp_path / "runs" / "moved") / "pretrain"
-    assert load_config(moved).inputs()["model.qwen"] == moved.parent / "standins" / "artifact" / "Qwen2.5-VL-Instruct"
+    assert inputs_of(load_config(moved))["model.qwen"] == moved.parent / "standins" / "artifact" / "Qwen2.5-VL-Instruct"
 
 
 def test_any_text_is_taken_as_typed() -> None:
@@ -77,8 +78,8 @@ def test_home_is_expanded_at_the_start_of_a_path(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HOME", "/somebody")
     config = stage("stage=pretrain", "runs_dir=~/runs", "data.train=~/a~b", "data.heldout=~nobody-of-that-name")
     assert config.run_dir == Path("/somebody/runs/tiny/pretrain")
-    assert config.inputs()["data.train"] == Path("/somebody/a~b")
-    assert config.inputs()["data.heldout"] == Path.cwd() / "~nobody-of-that-name"
+    assert inputs_of(config)["data.train"] == Path("/somebody/a~b")
+    assert inputs_of(config)["data.heldout"] == Path.cwd() / "~nobody-of-that-name"
 
 
 @pytest.mark.parametrize(
@@ -153,9 +154,9 @@ def test_a_pipeline_takes_them_for_all_stages_and_for_one(tmp_path: Path, monkey
         (tmp_path / file).touch()
     typed = [f"name={NAMES[14]}", "runs_dir=/a=b", "data.train=c,d", "data.heldout=[y]", "pretrain.data.train=${e}"]
     configs = {config.stage: config for config in compose_pipeline("tiny_messages", list(map(Override.parse, typed)))}
-    assert configs["pretrain"].inputs()["data.train"] == tmp_path / "${e}"
-    assert configs["embed_editing"].inputs()["data.train"] == tmp_path / "c,d"
-    where = configs["editing_decoder"].inputs()["init.transformer"]  # ${runs_dir} and ${name} of configs/ are meant
+    assert inputs_of(configs["pretrain"])["data.train"] == tmp_path / "${e}"
+    assert inputs_of(configs["embed_editing"])["data.train"] == tmp_path / "c,d"
+    where = inputs_of(configs["editing_decoder"])["init.transformer"]  # ${runs_dir} and ${name} of configs/ are meant
     assert where == Path("/a=b") / NAMES[14] / "generation_decoder" / "artifact"
 
 
@@ -163,7 +164,7 @@ def test_a_pipeline_takes_them_for_all_stages_and_for_one(tmp_path: Path, monkey
 def test_a_pipeline_begins_under_a_name_that_looks_like_a_pattern(name: str, tmp_path: Path) -> None:
     """What its later stages read is not there yet; it is no pattern without files either."""
     given = [Override.parse(text) for text in (f"name={name}", f"runs_dir={tmp_path}")]
-    inputs = [config.inputs() for config in compose_pipeline("tiny", given)]
+    inputs = [inputs_of(config) for config in compose_pipeline("tiny", given)]
     rows = {where for stage in inputs for role, where in stage.items() if role == "data.train"}
     assert rows == {tmp_path / name / "shapes" / "artifact" / "train.jsonl"}
 
@@ -186,7 +187,7 @@ def test_a_pipeline_knows_its_stages(text: str, sentence: str) -> None:
 @pytest.mark.parametrize("name", ["a=b, [c]", "${run}", "it's"])
 def test_arms_start_from_a_run_of_any_name(name: str, tmp_path: Path) -> None:
     arms = compose_arms("reference", tmp_path / name, tmp_path / "a,b", [42], [])
-    assert {arm.configs[0].inputs()["shards"] for arm in arms} == {tmp_path / name / "embed_editing" / "artifact"}
+    assert {inputs_of(arm.configs[0])["shards"] for arm in arms} == {tmp_path / name / "embed_editing" / "artifact"}
     assert [arm.configs[0].run_dir.parents[1] for arm in arms] == [
         tmp_path / "a,b" / "reference" / arm.name for arm in arms
     ]
@@ -195,12 +196,12 @@ def test_arms_start_from_a_run_of_any_name(name: str, tmp_path: Path) -> None:
 def test_weights_that_ship_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     given = [Override.parse(text) for text in ("data.train=rows.jsonl", "data.heldout=../h.jsonl")]
-    configs = {config.stage: config.inputs() for config in compose_pipeline("finetune", given)}
+    configs = {config.stage: inputs_of(config) for config in compose_pipeline("finetune", given)}
     assert configs["pretrain"]["model.qwen"] == SHIPPED_RUN / "pretrain" / "artifact"
     assert configs["editing_decoder"]["init.decoder"] == SHIPPED_RUN / "editing_decoder" / "artifact"
     assert configs["embed_editing"]["model.flux"] == SHIPPED_RUN / "standins" / "artifact" / "FLUX.1-dev"
     assert configs["pretrain"]["data.train"] == tmp_path / "rows.jsonl"
     full = compose_stage([Override.parse(text) for text in ("stage=pretrain", "model=nexus_gen_7b")])
-    assert full.inputs()["model.qwen"] == tmp_path / "models" / "Qwen2.5-VL-7B-Instruct"
+    assert inputs_of(full)["model.qwen"] == tmp_path / "models" / "Qwen2.5-VL-7B-Instruct"
     with pytest.raises(UserError, match=rf"{tmp_path}/models.* which begins where the command was started"):
-        full.require(full.inputs())
+        require_inputs(full, inputs_of(full))

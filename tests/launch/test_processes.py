@@ -13,7 +13,7 @@ from launch.processes import for_sbatch, slurm_script, worker_command, worker_en
 from launch.python_path import CHECKOUT, python_variables
 from launch.run import describe
 from nexus_gen.specs.errors import UserError
-from train.schemas.stages import StageConfig
+from train.schemas.stage import StageConfig
 
 NAMES = (
     "plain",

@@ -9,9 +9,11 @@ from data.doctor.command import main as check
 from launch.compose import Override, compose_stage
 from nexus_gen.artifacts.artifact import Manifest, seal
 from nexus_gen.specs.errors import UserError
+from train.preflight.inputs import inputs_of
+from train.preflight.stage import preflight
 from train.runs import directory as run_directory
 from train.runs.directory import identity, load_config, made_by, request_another, timing_of, with_added
-from train.schemas.stages import StageConfig
+from train.schemas.stage import StageConfig
 
 
 def stage(runs: Path, *overrides: str) -> StageConfig:
@@ -167,7 +169,7 @@ def test_quarantine_files_count_by_content_and_follow_their_run(runs: Path) -> N
     inside.write_text("\n")
     assert not unchanged(config)
     (runs / "tiny").rename(runs / "moved")
-    moved = load_config(runs / "moved" / "standins").inputs()
+    moved = inputs_of(load_config(runs / "moved" / "standins"))
     assert moved["data.quarantine[0]"] == runs / "moved" / "pretrain" / "quarantine"
     assert moved["data.quarantine[1]"] == outside
 
@@ -188,17 +190,17 @@ def test_quarantine_files_are_held_against_the_dataset_first(runs: Path, caplog:
         return stage(runs, "stage=pretrain", *paths, "data.max_bad_fraction=0", f"data.quarantine=[{files}]")
 
     with pytest.raises(UserError, match=r"rows\.jsonl:2: not JSON"):
-        pretrain().preflight()
-    pretrain(quarantine).preflight()
+        preflight(pretrain())
+    preflight(pretrain(quarantine))
     assert [record.getMessage() for record in caplog.records] == [
         f"data.quarantine names {runs / 'other.jsonl'}, which is in neither data.train nor data.heldout (rows: 1)"
     ]
     own.mkdir(parents=True)
     with pytest.raises(UserError, match="is written by this stage itself; give a copy"):
-        pretrain(own).preflight()
+        preflight(pretrain(own))
     quarantine.write_text(quarantine.read_text().replace("rows.jsonl", "a.jsonl").replace("heldout.jsonl", "b.jsonl"))
     with pytest.raises(UserError, match=r"names rows of .*a\.jsonl, .*, and of no file of data.train and data.heldout"):
-        pretrain(quarantine).preflight()
+        preflight(pretrain(quarantine))
 
 
 def test_what_is_no_recorded_config_is_refused(runs: Path) -> None:
@@ -215,7 +217,7 @@ def test_a_recorded_config_follows_its_run(runs: Path) -> None:
     path = prepare(stage(runs, f"data.train={inside}"))
     (runs / "tiny").rename(runs / "moved")
     config = load_config(runs / "moved" / path.parent.name)
-    assert config.inputs() == {"data.train": runs / "moved" / "shapes" / "artifact" / "train.jsonl"}
+    assert inputs_of(config) == {"data.train": runs / "moved" / "shapes" / "artifact" / "train.jsonl"}
     assert config.run_dir == runs / "moved" / "standins"
     outside = prepare(stage(runs))
-    assert load_config(outside.parent).inputs() == {"data.train": runs / "rows.jsonl"}
+    assert inputs_of(load_config(outside.parent)) == {"data.train": runs / "rows.jsonl"}

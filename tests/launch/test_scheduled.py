@@ -10,7 +10,8 @@ from launch.run import compose_pipeline, main
 from launch.scheduled import idle_stages, schedule_of, with_schedule
 from nexus_gen.artifacts.artifact import Manifest, building, seal
 from train.runs.directory import identity
-from train.schemas.stages import SCHEDULE_FILE, StageConfig
+from train.schemas.schedule import SCHEDULE_FILE
+from train.schemas.stage import StageConfig
 
 VALUES = {
     "pretrain": {"trainer.max_steps": 321, "optim.learning_rate": 0.0015, "heldout.every_steps": 80},

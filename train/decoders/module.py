@@ -26,7 +26,7 @@ from nexus_gen.flux.flow_match import (
     training_schedule,
 )
 from train.schemas.common import OptimConfig
-from train.schemas.stages import DecoderObjective
+from train.schemas.decoders import DecoderObjective
 from train.steps.optimizers import build_optimizer
 
 _GENERATOR = torch.Generator()  # a new one per sample costs more than the noise

@@ -24,7 +24,7 @@ from nexus_gen.artifacts.artifact import Manifest
 from nexus_gen.decoders.checkpoint import load_vae
 from nexus_gen.flux.flow_match import NUM_TRAIN_TIMESTEPS, TimestepDensity, euler_sample, flow_match_loss
 from train.decoders.module import DecoderModule, sample_noise
-from train.schemas.stages import DecoderConfig
+from train.schemas.decoders import DecoderConfig
 from train.steps.average import WeightAverage
 from train.steps.clock import StepClock
 from train.steps.metrics import MetricsLogger

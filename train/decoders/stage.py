@@ -28,10 +28,11 @@ from nexus_gen.tensors.files import TensorFiles
 from train.decoders.engine import fit, gather_weights, latest_checkpoint
 from train.decoders.module import DecoderModule
 from train.decoders.monitor import DecoderMonitor
+from train.preflight.checkpoints import require_checkpoint
 from train.runs.checkpoints import checkpoint_step, complete_checkpoints
 from train.runs.directory import CHECKPOINTS
 from train.runs.lengths import continued
-from train.schemas.stages import DecoderConfig, EditingDecoderConfig, require_checkpoint
+from train.schemas.decoders import DecoderConfig, EditingDecoderConfig
 from train.stage import Stage
 from train.steps.average import WeightAverage
 from train.steps.clock import StepClock

@@ -53,8 +53,10 @@ from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS, REFERENCE_GRID, RELEA
 from nexus_gen.tensors.files import TensorFiles, fingerprint_tensors, save_tensors
 from nexus_gen.tensors.weight_files import flux_part
 from train.embed.pipeline import Prepared, ShardFiller, require_few, require_unchanged, stacked
+from train.preflight.checkpoints import require_checkpoint
+from train.preflight.rows import dataset_of, read_splits
 from train.progress import progress_bar
-from train.schemas.stages import EmbedEditingConfig, EmbedGenerationConfig, EmbedStageConfig, require_checkpoint
+from train.schemas.embed import EmbedEditingConfig, EmbedGenerationConfig, EmbedStageConfig
 from train.stage import Stage
 from train.steps.metrics import METRICS
 
@@ -77,7 +79,7 @@ class EmbedStage(Stage[EmbedConfig]):
         self.start_process_group()
         signals: list[int] = []
         signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
-        splits, recipe = self.from_rank_zero(lambda: (self.config.read_splits(), self.recipe()))
+        splits, recipe = self.from_rank_zero(lambda: (read_splits(self.config), self.recipe()))
         self._rows = self.from_rank_zero(self._rows_by_place)
         size = self.config.embed.samples_per_shard
         plan = [shard for split in splits for shard in split.plan(recipe, self.config.reads_conversations, size)]
@@ -363,7 +365,7 @@ class EmbedStage(Stage[EmbedConfig]):
 
     def _rows_by_place(self) -> dict[str, RowsByPlace]:
         data = self.config.data
-        return {split: RowsByPlace(data.dataset(split)) for split in data.splits}
+        return {split: RowsByPlace(dataset_of(data, split)) for split in data.splits}
 
     def read(self, sample: PlannedSample) -> tuple[Row, list[Image.Image]]:
         """A sample's row, and the pictures of it that enter; UserError when they are not those of its address."""

@@ -36,6 +36,7 @@ from train.evaluate.own_rows import judge_change, judge_reply
 from train.evaluate.page import render
 from train.evaluate.rows import KnownPicture, fingerprint_dataset, look_at, probe_pictures, read_tasks
 from train.evaluate.score_lines import table
+from train.preflight.rows import left_out_of
 from train.runs.directory import code_version, load_config
 from train.scores.limits import limits
 from train.scores.outcomes import (
@@ -125,7 +126,7 @@ class EvaluatedRows:
         config: Any = load_config(arguments.run / "pretrain") if arguments.rows is None else None
         own = config.data if config is not None else None
         root = Path(own.picture_root) if own is not None and own.picture_root else None
-        left_out = own.left_out("heldout") if own is not None and arguments.split == "heldout" else NOTHING
+        left_out = left_out_of(own, "heldout") if own is not None and arguments.split == "heldout" else NOTHING
         every = read_tasks(self.path, None, root, left_out)
         self.by_id = {row.id: row for of_task in every.values() for row in of_task}
         self.tasks: dict[str, list[Row]] = {}
@@ -137,7 +138,7 @@ class EvaluatedRows:
         self.for_probe: dict[str, list[KnownPicture]] = {}
         train = arguments.probe_rows or (Path(own.train) if own is not None else None)
         if train is not None and (arguments.probe_rows or train.exists() or is_pattern(train)):
-            options = (root, own.left_out("train")) if own is not None and not arguments.probe_rows else ()
+            options = (root, left_out_of(own, "train")) if own is not None and not arguments.probe_rows else ()
             for task, known in self.known.items():
                 self.for_probe[task] = probe_pictures(train, known, task, *options)
 

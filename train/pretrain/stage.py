@@ -38,6 +38,7 @@ from nexus_gen.language.tower_cache import TOWER_CACHE_BYTES, TowerCache
 from nexus_gen.parts.wording import Wording
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import patches_per_side
+from train.preflight.rows import dataset_of, left_out_of
 from train.pretrain.callbacks import (
     Averaging,
     HeldoutLoss,
@@ -54,7 +55,7 @@ from train.runs.directory import CHECKPOINTS, QUARANTINE
 from train.runs.failures import after_death
 from train.runs.lengths import continued, shorter
 from train.schemas.common import OptimConfig
-from train.schemas.stages import PretrainConfig
+from train.schemas.pretrain import PretrainConfig
 from train.stage import Stage
 from train.steps.average import WeightAverage
 from train.steps.clock import StepClock
@@ -135,9 +136,9 @@ class PretrainStage(Stage[PretrainConfig]):
     def _mixtures(self) -> tuple[Mixture, Mixture]:
         """Training and held-out rows. Reading files through for them takes minutes for a million rows of tars."""
         data = self.config.data
-        left_out = data.left_out()
-        train = Mixture(data.dataset("train"), self.config.seed, left_out)
-        return train, Mixture(data.dataset("heldout"), HELDOUT_SEED, left_out)
+        left_out = left_out_of(data)
+        train = Mixture(dataset_of(data, "train"), self.config.seed, left_out)
+        return train, Mixture(dataset_of(data, "heldout"), HELDOUT_SEED, left_out)
 
 
 def row_counts(mixture: Mixture) -> dict[str, int]:

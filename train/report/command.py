@@ -25,8 +25,13 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.tensors.weight_files import FLUX_WEIGHTS, flux_places
 from train.evaluate.score_lines import tables_of
 from train.pages.pages import template
+from train.preflight.inputs import inputs_of
+from train.preflight.rows import left_out_of
 from train.runs.directory import load_config, timing_of
-from train.schemas.stages import SCHEMAS, DecoderConfig, PretrainConfig, StageConfig
+from train.schemas.decoders import DecoderConfig
+from train.schemas.pretrain import PretrainConfig
+from train.schemas.stage import StageConfig
+from train.schemas.table import SCHEMAS
 from train.scores.gain import Gain, gains_of, summary
 from train.scores.limits import limits
 from train.steps.convergence import findings
@@ -141,7 +146,7 @@ def missing_start(configs: Sequence[StageConfig]) -> list[Path]:
     """What training began with and is not there any more, as in a run that ships: nothing shows what was before."""
     starts = []
     for config in configs:
-        inputs = config.inputs()
+        inputs = inputs_of(config)
         init = [where for role, where in inputs.items() if role in ("model.qwen", "init.decoder", "init.transformer")]
         if isinstance(config, DecoderConfig) and not (config.init.decoder or config.init.transformer):
             flux = inputs["model.flux"]
@@ -202,13 +207,13 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{run} has not finished {', '.join(missing)}; nexus-gen run pipeline=... goes on from there")
     configs = [load_config(run / stage) for stage in LOSSES]
     for config in configs:
-        for role, where in config.inputs().items():
+        for role, where in inputs_of(config).items():
             if role in ("data.heldout", "model.flux") and not where.exists():
                 raise UserError(f"{role} of {run / config.stage}, {where}, does not exist any more; put it back there")
     pretrain = configs[0]
     assert isinstance(pretrain, PretrainConfig)
     data = pretrain.data
-    rows = list(read_dataset(data.heldout, data.left_out("heldout"), data.picture_root))
+    rows = list(read_dataset(data.heldout, left_out_of(data, "heldout"), data.picture_root))
     evaluated, stale = evaluations(run)
     for directory in stale:
         log.warning("%s is of other weights than %s holds now; its scores are left out", directory, run)

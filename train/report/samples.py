@@ -18,7 +18,8 @@ from nexus_gen.pictures.images import open_image
 from train.decoders.stage import build_initial_decoder
 from train.progress import progress_bar
 from train.runs.directory import load_config
-from train.schemas.stages import DecoderConfig, PretrainConfig
+from train.schemas.decoders import DecoderConfig
+from train.schemas.pretrain import PretrainConfig
 from train.scores.outcomes import MAX_ANSWER_TOKENS, prompt_of
 from train.scores.scoring import is_right
 

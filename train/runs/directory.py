@@ -16,6 +16,7 @@ import yaml
 from nexus_gen.artifacts.artifact import MANIFEST, Manifest, require_whole, write_text_atomic
 from nexus_gen.artifacts.content import Contents
 from nexus_gen.specs.errors import UserError
+from train.preflight.inputs import input_fingerprints, pictures_of
 from train.runs.checkpoints import last_step
 from train.runs.earlier import accepts, completed, say_accepted
 from train.runs.failures import forget_failures
@@ -28,8 +29,10 @@ from train.runs.lengths import (
     without_length,
     write_history,
 )
-from train.schemas.fields import as_yaml, counted_keys, fingerprint_values, input_fingerprints, keys, path_values, typed
-from train.schemas.stages import SCHEMAS, DecoderConfig, StageConfig
+from train.schemas.decoders import DecoderConfig
+from train.schemas.fields import as_yaml, counted_keys, fingerprint_values, keys, path_values, typed
+from train.schemas.stage import StageConfig
+from train.schemas.table import SCHEMAS
 
 PACKAGES = ("torch", "transformers", "ms-swift", "deepspeed", "lightning", "diffsynth", "webdataset", "safetensors")
 CHECKPOINTS = "checkpoints"
@@ -368,6 +371,6 @@ def changed_pictures(config: StageConfig) -> str:
     identity_file = config.run_dir / CHECKPOINTS / IDENTITY
     since = identity_file.stat().st_mtime_ns if identity_file.is_file() else 0
     contents = Contents.at(config.contents)
-    names = dict.fromkeys(name for of_split in config.pictures().values() for name in of_split)
+    names = dict.fromkeys(name for of_split in pictures_of(config).values() for name in of_split)
     changed = contents.changed_since(names, since)
     return f" (pictures that changed: {len(changed)}, the first is {changed[0]})" if changed else ""

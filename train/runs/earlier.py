@@ -12,7 +12,8 @@ from typing import Any
 
 from nexus_gen.artifacts.artifact import Seals, digest, write_text_atomic
 from nexus_gen.artifacts.content import hash_file
-from train.schemas.stages import StageConfig
+from train.preflight.inputs import inputs_of
+from train.schemas.stage import StageConfig
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def completed(config: StageConfig, found: dict[str, Any], wanted: dict[str, Any]
 
     These are taken over from `wanted`, the identity of now, unless what was looked at has changed.
     """
-    where, inputs = config.inputs(), found.get("inputs", {})
+    where, inputs = inputs_of(config), found.get("inputs", {})
 
     def is_accepted(role: str, fingerprint: str) -> bool:
         if role not in inputs:

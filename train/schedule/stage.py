@@ -40,8 +40,9 @@ from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS, REFERENCE_GRID
 from train.decoders.monitor import LEVELS, UNWEIGHTED
 from train.decoders.stage import DTYPES, projector_geometry
+from train.preflight.rows import left_out_of, task_rows
 from train.schedule.decide import EDITING, GENERATION, NEW_OPTIMIZER, STAGE_START_S, DecoderFacts, Facts, decide
-from train.schemas.stages import SCHEDULE_FILE, ScheduleStageConfig
+from train.schemas.schedule import SCHEDULE_FILE, ScheduleStageConfig
 from train.stage import Stage
 from train.steps.optimizers import build_optimizer
 
@@ -96,7 +97,7 @@ class Measuring:
         self.stage = stage
         self.device, self.dtype = stage.device, DTYPES[config.trainer.precision]
         data = config.data
-        mixture = Mixture(data.train, config.seed, data.left_out("train"), data.picture_root)
+        mixture = Mixture(data.train, config.seed, left_out_of(data, "train"), data.picture_root)
         self.num_rows = mixture.epoch_rows
         self.rows = list(readable(mixture, config.schedule.num_pictures * 4))
         self.processor = load_processor(config.model.qwen)
@@ -122,7 +123,7 @@ class Measuring:
         passes = batch_size / (config.trainer.micro_batch_size * self.stage.world_size)
         pretrain_s, predict_s = self.pretrain_seconds(language, passes)
         decoders = {}
-        counts = config.task_rows()
+        counts = task_rows(config)
         for kind, task in TASK_OF.items():
             if counts.get(task):
                 decoders[kind] = self.decoder_facts(kind, counts[task], latents, embeds, passes)

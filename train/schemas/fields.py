@@ -1,6 +1,5 @@
 """Reading config dataclasses: which keys there are, plain values into a typed config, fingerprints."""
 
-import contextlib
 import dataclasses
 import functools
 import re
@@ -12,12 +11,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from nexus_gen.artifacts.artifact import fingerprint_path
-from nexus_gen.artifacts.content import Contents
 from nexus_gen.specs.errors import UserError, nearest
 from nexus_gen.specs.numbers import not_finite
 from train.schemas.common import PATH
-from train.schemas.stages import SCHEMAS, StageConfig
+from train.schemas.stage import StageConfig
+from train.schemas.table import SCHEMAS
 
 
 def walk_types(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, tuple[str, ...]]]:
@@ -133,15 +131,3 @@ def fingerprint_values(config: StageConfig) -> dict[str, Any]:
         }
 
     return kept(dataclasses.asdict(config), "")
-
-
-def input_fingerprints(config: StageConfig) -> dict[str, str]:
-    """Role -> fingerprint of what the stage reads. Raises UserError for what is not as its artifact's manifest says."""
-    contents = Contents.at(config.contents)
-    with contextlib.suppress(OSError):  # where it cannot be made, nothing is remembered
-        config.contents.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        found = {role: fingerprint_path(where, contents) for role, where in config.inputs().items()}
-    finally:
-        contents.save()
-    return found | config.content_fingerprints()

@@ -36,7 +36,8 @@ from nexus_gen.language.checkpoint import SpecialTokenIds, build_autoregressive,
 from nexus_gen.pictures.images import StoredImage, cover_crop, open_image
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import MERGE_SIZE, FluxGeometry, TextEncoderGeometry
-from train.schemas.stages import StandinsConfig, StandinsModelConfig, StandinsStageConfig
+from train.preflight.rows import left_out_of
+from train.schemas.standins import StandinsConfig, StandinsModelConfig, StandinsStageConfig
 from train.stage import Stage
 from train.standins.tokenizers import template_texts, train_clip_tokenizer, train_qwen_tokenizer, train_t5_tokenizer
 from train.standins.vae import build_vae, fit_vae, reconstruction_psnr, stacked
@@ -61,7 +62,7 @@ class StandinsStage(Stage[StandinsStageConfig]):
         words: list[str] = []
         scenes: dict[StoredImage, dict[str, Any]] = {}
         data = self.config.data
-        for row in read_dataset(data.train, data.left_out(), data.picture_root):
+        for row in read_dataset(data.train, left_out_of(data), data.picture_root):
             words += [text for choice in row.choices for texts in choice.values() for text in texts]
             known = (row.truth or {}).get("scenes", [{}] * len(row.images))
             scenes.update(zip(row.images, known, strict=False))

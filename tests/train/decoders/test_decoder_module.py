@@ -14,7 +14,7 @@ from nexus_gen.flux.flow_match import flow_match_loss, training_schedule
 from nexus_gen.specs.geometry import FluxGeometry
 from train.decoders.module import DecoderModule, learning_rate_factor, sample_noise
 from train.schemas.common import OptimConfig
-from train.schemas.stages import DecoderObjective
+from train.schemas.decoders import DecoderObjective
 
 FLUX = FluxGeometry(32, 2, 1, 2, 24, 16, [4, 6, 6], 16, 2)
 EMBED_DIM = 20

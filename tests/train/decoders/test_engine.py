@@ -37,11 +37,12 @@ from train.decoders import stage as decoder_stages
 from train.decoders.engine import Averaging, FitResult, StepGuard, StopRequest, deepspeed_config
 from train.decoders.module import DecoderModule
 from train.decoders.stage import build_initial_decoder
+from train.preflight.stage import preflight
 from train.runs.checkpoints import checkpoint_step, complete_checkpoints
 from train.runs.directory import identity, prepare
 from train.schemas.common import AverageConfig, HeldoutConfig, SamplesConfig
+from train.schemas.decoders import DecoderConfig
 from train.schemas.fields import typed
-from train.schemas.stages import DecoderConfig
 from train.steps.average import WeightAverage
 from train.steps.metrics import latest, read_metrics
 
@@ -484,17 +485,17 @@ def test_a_decoder_of_another_geometry_is_refused_before_anything_starts(inputs:
     seal(artifact, Manifest("generation_decoder", "generation_decoder", {}, {}, {}, details))
     given = artifact / "generation_decoder.safetensors"
     made = config(inputs, tmp_path, decoder=str(given))
-    made.preflight()
+    preflight(made)
     made.model.transformer.rope_axes_dim = [6, 6, 4]
     with pytest.raises(UserError, match=r"init.decoder: .*rope_axes_dim \[4, 6, 6\] and this config gives \[6, 6, 4\]"):
-        made.preflight()
+        preflight(made)
     made.init.decoder, made.init.transformer = "", str(given)
     with pytest.raises(UserError, match=r"init.transformer: .*rope_axes_dim"):
-        made.preflight()
+        preflight(made)
     made = config(inputs, tmp_path, decoder=str(given))
     made.model.vae.norm_groups = 2
     with pytest.raises(UserError, match=r"the vae of .* was trained with norm_groups 4"):
-        made.preflight()
+        preflight(made)
     seal(artifact, Manifest("editing_decoder", "editing_decoder", {}, {}, {}, details))
     with pytest.raises(UserError, match="editing_decoder artifact where a generation_decoder artifact is needed"):
-        made.preflight()
+        preflight(made)

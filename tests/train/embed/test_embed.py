@@ -24,7 +24,7 @@ from nexus_gen.language.checkpoint import load_autoregressive, save_autoregressi
 from nexus_gen.specs.errors import UserError
 from train.embed.stage import EmbedEditingStage, EmbedGenerationStage
 from train.runs.directory import require_artifact
-from train.schemas.stages import EmbedStageConfig
+from train.schemas.embed import EmbedStageConfig
 from train.steps.metrics import read_metrics
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from nexus_gen.language.model import LossWeights, NexusGenOutput
 from train.pretrain.callbacks import Averaging, StepGuard
 from train.pretrain.stage import PretrainPipeline, schedule_by_tokens, swift_arguments
 from train.schemas.common import AverageConfig, OptimConfig
-from train.schemas.stages import PretrainConfig
+from train.schemas.pretrain import PretrainConfig
 from train.steps.average import WeightAverage
 
 

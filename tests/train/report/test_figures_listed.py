@@ -21,7 +21,8 @@ from nexus_gen.parts.models import DECODER_FILES
 from nexus_gen.pictures.images import open_image
 from train.decoders.stage import meta_decoder
 from train.runs.directory import load_config
-from train.schemas.stages import DecoderConfig, PretrainConfig
+from train.schemas.decoders import DecoderConfig
+from train.schemas.pretrain import PretrainConfig
 from train.steps.average import FILES
 from train.steps.metrics import read_metrics
 

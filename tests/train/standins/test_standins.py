@@ -17,7 +17,7 @@ from nexus_gen.language.checkpoint import load_autoregressive, load_processor
 from nexus_gen.language.conversation import patches
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import FluxGeometry, LanguageGeometry, TextEncoderGeometry, VaeGeometry, VisionGeometry
-from train.schemas.stages import StandinsConfig, StandinsModelConfig
+from train.schemas.standins import StandinsConfig, StandinsModelConfig
 from train.standins.stage import build_standins
 from train.standins.tokenizers import QWEN_SPECIAL_TOKENS, train_clip_tokenizer, train_qwen_tokenizer
 from train.standins.vae import build_vae, fit_vae, in_unit_range, reconstruction_psnr, stacked

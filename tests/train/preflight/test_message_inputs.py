@@ -4,8 +4,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from train.schemas.common import TrainRowsConfig
-from train.schemas.stages import message_inputs
+from train.preflight.inputs import message_inputs
+from train.schemas.inputs import TrainRowsConfig
 
 
 def inputs(train: Path) -> dict[str, Path]:

@@ -7,7 +7,7 @@ from data.mixture.quarantine import LeftOut
 from nexus_gen.artifacts.artifact import MANIFEST, Manifest, fingerprint_path
 from nexus_gen.parts.models import SHIPPED_RUN
 from nexus_gen.specs.errors import UserError
-from train.schemas.common import RowsConfig
+from train.schemas.inputs import RowsConfig
 
 
 def require_rehearsal_rows(data: RowsConfig, key: str, checkpoint: Path) -> None:

@@ -4,24 +4,22 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nexus_gen.parts.models import DECODER_KINDS, find_decoder
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.geometry import ProjectorGeometry
 from nexus_gen.tensors.tensor_shapes import autoregressive_geometry, read_config
-
-if TYPE_CHECKING:
-    from train.schemas.stages import DecoderConfig
+from train.schemas.decoders import DecoderConfig
 
 log = logging.getLogger(__name__)
 
 
-def require_initial_decoder(config: "DecoderConfig") -> None:
+def require_initial_decoder(config: DecoderConfig) -> None:
     """UserError when init.decoder or init.transformer was trained in another geometry than the config's.
 
-    Weights do not show it all: heads and rotary axes leave no trace in them. Said but not refused is an objective that
-    holds positions, or sees the source, otherwise than the decoder that it starts from.
+    Weights do not show it all: heads and rotary axes leave no trace in them. An objective that
+    holds positions, or sees the source, otherwise than the decoder that it starts from is reported and not refused.
     """
     if config.init.transformer:
         found = find_decoder(Path(config.init.transformer), DECODER_KINDS, "init.transformer")
@@ -43,7 +41,7 @@ def require_initial_decoder(config: "DecoderConfig") -> None:
             log.warning("objective.%s is %s and init.decoder %s was trained with %s", name, now, found.file, before)
 
 
-def trained_parts(config: "DecoderConfig") -> dict[str, dict[str, Any]]:
+def trained_parts(config: DecoderConfig) -> dict[str, dict[str, Any]]:
     return {"transformer": asdict(config.model.transformer), "vae": asdict(config.model.vae)}
 
 
