@@ -83,6 +83,18 @@ def test_an_override_reaches_the_stages_that_read_it_and_a_prefixed_one_only_its
     assert configs["generation_decoder"].optim.learning_rate == 0.5 != configs["editing_decoder"].optim.learning_rate
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "alone"), [("demo", {"shapes"}), ("tiny", {"shapes", "standins"}), ("tiny_messages", {"standins"})]
+)
+def test_two_processes_train_and_embed_and_one_makes_data_and_models(pipeline: str, alone: set[str]) -> None:
+    rows = [Override.parse(text) for text in REQUIRED["data"]] if pipeline == "tiny_messages" else []
+    counts = {config.stage: config.launch.processes_per_node for config in compose_pipeline(pipeline, rows)}
+    assert {stage for stage, count in counts.items() if count == 1} == alone
+    assert set(counts.values()) == {1, 2}
+    given = compose_pipeline(pipeline, [*rows, Override.parse("launch.processes_per_node=1")])
+    assert {config.launch.processes_per_node for config in given} == {1}
+
+
 def test_a_section_named_like_its_stage_is_a_section() -> None:
     given = [Override.parse(text) for text in ("standins.vae_steps=3", "shapes.num_train=5", "standins.seed=9")]
     configs = {config.stage: config for config in compose_pipeline("tiny", given)}
