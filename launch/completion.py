@@ -14,6 +14,7 @@ from train.schemas.common import PATH
 from train.schemas.fields import keys, walk
 from train.schemas.table import SCHEMAS
 
+OPTIONS = ("--cfg", "--dry-run", "--keys")  # of `nexus-gen run`
 SCRIPT = """_nexus_gen() {
   COMP_WORDBREAKS=${COMP_WORDBREAKS//=}; compopt -o nospace
   mapfile -t COMPREPLY < <(nexus-gen completion --for "${COMP_LINE:0:COMP_POINT}")
@@ -43,6 +44,10 @@ def candidates(line: str) -> list[str]:
     elif equals:
         is_path = any((group, True) == (name, PATH in marks) for s in SCHEMAS.values() for name, marks in walk(s))
         found = [f"{key}={path}" for path in paths(value)] if is_path else []
+    elif word.startswith("-"):
+        found = [f"{option} " for option in OPTIONS]
+    elif before[-1] == "--keys" and stages:
+        found = sorted({f"{name} " for stage in stages for name in keys(stage)})
     else:
         keys_of = {f"{name}=" for stage in stages for name in keys(stage)}
         of_stage = {stage: {*keys(stage), *([MORE] if stage in TRAINING else [])} for stage in stages}

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -47,6 +48,7 @@ from train.runs.directory import (
 from train.runs.failures import STOPPED
 from train.schemas.common import LaunchConfig
 from train.schemas.fields import as_yaml, keys
+from train.schemas.listing import listing
 from train.schemas.schedule import ScheduleStageConfig
 from train.schemas.stage import StageConfig
 from train.schemas.table import SCHEMAS
@@ -76,16 +78,29 @@ def parser() -> Parser:
         "then follows the longer schedule.\n\n"
         "pipeline=finetune and pipeline=tiny_messages set steps and learning rates by your rows and pictures, within\n"
         "budget_minutes=11 on this machine; keys that you give stay as you give them.\n\n"
+        "--keys says what each key means, with its type, value and unit: nexus-gen run stage=pretrain --keys optim.\n\n"
         "Exit status: 0 done, 1 failed, 2 a mistake told in one sentence, 3 stopped by a signal after saving.",
     )
     result.add_argument("overrides", nargs="*", metavar="key=value", help="stage=..., pipeline=..., and values")
     result.add_argument("--cfg", action="store_true", help="print the resolved config and stop")
     result.add_argument("--dry-run", action="store_true", help="print what would start and stop")
+    result.add_argument(
+        "--keys",
+        nargs="?",
+        const="",
+        metavar="PATTERN",
+        help="explain the keys of the resolved config, or those that match (optim, 'trainer.*_steps'), and stop",
+    )
     return result
 
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv[1:])
+    if arguments.keys is not None and (arguments.cfg or arguments.dry_run):
+        raise UserError("--keys explains the config that --cfg and --dry-run print; give one of them")
+    if "=" in (arguments.keys or ""):  # the next override, which argparse takes for the pattern
+        arguments.overrides.append(arguments.keys)
+        arguments.keys = ""
     chosen: dict[str, str] = {}
     rest, more = [], []
     for text in arguments.overrides:
@@ -119,6 +134,9 @@ def main(argv: list[str]) -> int:
     configs = replan(configs)
     if arguments.cfg:
         print("---\n".join(as_yaml(config) for config in configs), end="")
+        return 0
+    if arguments.keys is not None:
+        print(listing(configs, arguments.keys, shutil.get_terminal_size().columns))
         return 0
     if arguments.dry_run:
         for config in configs:

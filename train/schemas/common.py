@@ -45,14 +45,16 @@ def share(section: str, config: Any, name: str) -> None:
 class LaunchConfig:
     """Where the processes of a stage run."""
 
-    kind: str = key("local (this machine), torchrun (the same command started on every machine) or slurm (submitted)")
-    num_nodes: int = key("Machines", "machines")
+    kind: str = key(
+        "How processes start: local (on this machine), torchrun (the same command on each machine) or slurm (submitted)"
+    )
+    num_nodes: int = key("Machines that processes run on", "machines")
     processes_per_node: int = key("Processes on each machine, one per GPU where there are GPUs", "processes")
-    device: str = key("auto (CUDA where there is one), cuda or cpu")
+    device: str = key("Device of each process: auto (CUDA where there is one), cuda or cpu")
     threads_per_process: int = key(
         "Threads of a process within one operation on a CPU; 0 shares the cores out", "threads"
     )
-    rendezvous: str = key("host:port of the first machine; torchrun only")
+    rendezvous: str = key("Address of the first machine, host:port; torchrun only")
     timeout_minutes: int = key("Time limit of the job; slurm only", "minutes")
     partition: str = key("Partition that the job is submitted to, empty for the default one; slurm only")
 
@@ -81,7 +83,9 @@ class LoggerConfig:
     """Where metrics go besides the local metrics.jsonl, which is always written."""
 
     tensorboard: bool = key("Whether to write event files for TensorBoard")
-    wandb_mode: str = key("disabled, offline (no account needed; `wandb sync` uploads later) or online")
+    wandb_mode: str = key(
+        "Weights & Biases: disabled, offline (no account needed; `wandb sync` uploads later) or online"
+    )
     wandb_project: str = key("Project at Weights & Biases that runs are listed under")
 
     def check(self) -> None:
@@ -122,7 +126,9 @@ class OptimConfig:
 class TrainerConfig:
     """How long and in which pieces a stage trains; accumulation is derived from the two batch sizes."""
 
-    precision: str = key("float32, tf32 (float32 weights, matrix products in TF32 on a GPU) or bfloat16")
+    precision: str = key(
+        "Precision of training: float32, tf32 (float32 weights, matrix products in TF32 on a GPU) or bfloat16"
+    )
     zero_stage: int = key(
         "DeepSpeed's ZeRO stage, 0 to 3: what of optimizer, gradients and weights is split over processes"
     )

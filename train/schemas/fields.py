@@ -5,40 +5,56 @@ import functools
 import re
 import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from nexus_gen.specs.errors import UserError, nearest
+from nexus_gen.specs.keys import DOC, UNIT
 from nexus_gen.specs.numbers import not_finite
 from train.schemas.common import PATH
 from train.schemas.stage import StageConfig
 from train.schemas.table import SCHEMAS
 
 
-def walk_types(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, tuple[str, ...]]]:
-    """(dotted key, type, marks) of every leaf and section of a config dataclass."""
+class Key(NamedTuple):
+    """A leaf or a section of a config dataclass. name: dotted. kind: its type, of a section the dataclass."""
+
+    name: str
+    kind: Any
+    marks: tuple[str, ...]
+    doc: str
+    unit: str
+
+    @property
+    def is_section(self) -> bool:
+        return isinstance(self.kind, type) and dataclasses.is_dataclass(self.kind)
+
+
+def walk_keys(schema: type, prefix: str = "") -> Iterator[Key]:
+    """Every leaf and section of a config dataclass, a section in front of what is in it."""
     hints = typing.get_type_hints(schema, include_extras=True)
     for field in dataclasses.fields(schema):
         hint = hints[field.name]
         marks = getattr(hint, "__metadata__", ())
         kind = typing.get_args(hint)[0] if marks else hint
-        yield f"{prefix}{field.name}", kind, marks
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            yield from walk_types(kind, f"{prefix}{field.name}.")
+        key = Key(f"{prefix}{field.name}", kind, marks, field.metadata[DOC], field.metadata[UNIT])
+        yield key
+        if key.is_section:
+            yield from walk_keys(kind, f"{key.name}.")
 
 
 def walk(schema: type) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(dotted key, marks) of every leaf and section of a config dataclass."""
-    return ((key, marks) for key, _, marks in walk_types(schema))
+    return ((key.name, key.marks) for key in walk_keys(schema))
 
 
 @functools.cache
 def types_of_keys() -> dict[str, Any]:
     """The type of every dotted key of any stage; a key is of one type wherever it is read."""
-    return {key: kind for schema in SCHEMAS.values() for key, kind, _ in walk_types(schema)}
+    return {key.name: key.kind for schema in SCHEMAS.values() for key in walk_keys(schema)}
 
 
 def keys(stage: str) -> set[str]:
@@ -101,7 +117,7 @@ def typed(stage: str, values: dict[str, Any]) -> StageConfig:
 
 def whole(stage: str, values: dict[str, Any]) -> dict[str, Any]:
     """Values with 2e3 and the like, which are floating-point numbers to YAML, as the whole numbers that keys want."""
-    kinds = {key: kind for key, kind, _ in walk_types(SCHEMAS[stage])}
+    kinds = {key.name: key.kind for key in walk_keys(SCHEMAS[stage])}
 
     def converted(value: Any, key: str) -> Any:
         if isinstance(value, dict):
