@@ -1,12 +1,13 @@
 """What training gained: two evaluations that ask the same, and the interval of their difference."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from nexus_gen.artifacts.artifact import Manifest, building, seal
+from nexus_gen.artifacts.artifact import MANIFEST, Manifest, building, seal
 from nexus_gen.specs.errors import UserError
 from train.scores.gain import gains, gains_of, summary
 from train.scores.measures import Score, difference, proportion
@@ -125,3 +126,21 @@ def test_a_table_of_gains_has_the_overall_scores_and_their_signs() -> None:
         ["understanding/overall", "50.0%", "50.0%", "0.0 points", "-14.1% to 14.1%"],
     ]
     assert len({len(line) for line in summary(found).splitlines()}) == 1
+
+
+def test_readings_of_another_probe_are_no_gain(tmp_path: Path) -> None:
+    """What a probe reads depends on the rows that taught it; what is found again does not."""
+    few, most = proportion([True, False] * 10), proportion([True] * 19 + [False])
+    before = evaluation(tmp_path / "before", "r1", CONFIG)
+    evaluation(tmp_path / "run" / "evaluation" / "a", "r1", CONFIG)
+    for directory, score in ((before, few), (tmp_path / "run" / "evaluation" / "a", most)):
+        manifest = Manifest.load(directory)
+        names = ("generation/class_top1", "understanding/label_top1", "generation/retrieval_top1")
+        manifest.details["scores"] = {name: dataclasses.asdict(score) for name in names}
+        manifest.inputs["probe"] = "of one"
+        (directory / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest)), encoding="utf-8")
+    assert len(gains_of(tmp_path / "run", before)) == 3
+    manifest = Manifest.load(before)
+    manifest.inputs["probe"] = "of another"
+    (before / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest)), encoding="utf-8")
+    assert [gain.name for gain in gains_of(tmp_path / "run", before)] == ["generation/retrieval_top1"]

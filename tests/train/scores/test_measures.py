@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binom
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from train.scores.measures import MAX_PSNR, Score, average, l1, mean_of, proportion, psnr, ssim
+from train.scores.measures import MAX_PSNR, Score, average, difference, l1, mean_of, proportion, psnr, ssim
 
 
 @pytest.mark.parametrize(
@@ -99,3 +99,24 @@ def test_similarities_agree_with_scikit_image() -> None:
     assert psnr(one, other, where) == pytest.approx(peak_signal_noise_ratio(one[where], other[where]), abs=1e-6)
     assert l1(one, other, where) == pytest.approx(np.abs(one[where] / 255 - other[where] / 255).mean(), abs=1e-6)
     assert (psnr(one, one), l1(one, one), ssim(one, one)) == (MAX_PSNR, 0.0, pytest.approx(1.0))
+
+
+def test_a_score_says_its_chance_where_it_has_one() -> None:
+    assert Score(0.5, 0.25, 0.75, 8).as_json == {"value": 0.5, "low": 0.25, "high": 0.75, "count": 8}
+    assert Score(0.5, 0.25, 0.75, 8, chance=0.0).as_json["chance"] == 0.0
+
+
+def test_a_difference_counts_the_smaller_number_of_rows() -> None:
+    few, many = proportion([True] * 3), proportion([True] * 8)
+    assert difference(few, many).count == difference(many, few).count == 3
+
+
+def test_similarities_of_dark_pictures_rest_on_the_constants() -> None:
+    """Values of 0 to 3 of 255, where the means are no larger than the constants that keep the ratio defined."""
+    generator = np.random.default_rng(5)
+    one, other = (generator.integers(0, 4, (24, 24, 3)).astype(np.uint8) for _ in range(2))
+    _, theirs = structural_similarity(
+        one, other, channel_axis=2, data_range=255, gaussian_weights=True, use_sample_covariance=False, full=True
+    )
+    assert ssim(one, other) == pytest.approx(theirs.mean(), abs=1e-6)
+    assert ssim(one, other) < 0.9999
