@@ -6,7 +6,7 @@ therefore known beforehand, and all embeddings of an image come out of one forwa
 
 Legend: B rows, S sequence positions, D width of the language model, V vocabulary, N selected positions in row-major
 order. A *target image* stands in a reply (its tokens are labels); every other image is context.
-Source: Nexus-Gen (Zhang et al. 2025); docs/architecture.md says which checkpoint layout belongs to it.
+Source: Nexus-Gen (Zhang et al. 2025); docs/runs.md says which checkpoint layout belongs to it.
 """
 
 from dataclasses import dataclass
