@@ -2,7 +2,7 @@
 
     python -m pytest tests/bench/bench_evaluate.py -o python_files='bench_*.py' -s      (or make bench)
 
-A tiny model on whatever device there is; both ways give the same answers (tests/test_evaluate.py).
+A tiny model on whatever device there is; both ways give the same answers (tests/train/evaluate/test_evaluate.py).
 """
 
 import sys
