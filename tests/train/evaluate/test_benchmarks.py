@@ -1,4 +1,4 @@
-"""What benchmarks' files say, and the layout that their scripts read. Painting is tested in tests/train/evaluate/test_evaluate.py."""
+"""What benchmarks' files say, and the layout that their scripts read. Painting is tested in test_evaluate.py."""
 
 import argparse
 import json
