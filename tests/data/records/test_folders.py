@@ -291,10 +291,10 @@ def test_captions_in_a_tar_and_what_is_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("rows.jsonl.gz", gzip.compress(b"{}"), "unpack it: gunzip < {path} > {path.parent}/rows.jsonl"),
+        ("rows.jsonl.gz", gzip.compress(b"{}", mtime=0), "unpack it: gunzip < {path} > {path.parent}/rows.jsonl"),
         ("rows.jsonl.zst", b"", "unpack it: unzstd < {path} > {path.parent}/rows.jsonl"),
         ("rows.tgz", b"", "unpack it: gunzip < {path} > {path.parent}/rows.tar"),
-        ("rows.tar", gzip.compress(b"{}"), "{path} is compressed"),
+        ("rows.tar", gzip.compress(b"{}", mtime=0), "{path} is compressed"),
         ("rows.zip", b"", "unpack it: unzip {path}"),
         ("rows.jsonl", '{"messages": []}'.encode("utf-16"), "{path} is UTF-16, not UTF-8; save it as UTF-8: iconv"),
         ("rows.json", '[{"messages": []}]'.encode("utf-16-be"), "{path} is UTF-16BE, not UTF-8"),
