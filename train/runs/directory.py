@@ -47,6 +47,7 @@ ADDED_SINCE: dict[str, Any] = {
     "embed.pixels": "squash",
     "data.token_budget": 0,
     "optim.name": "adamw",
+    "schedule.optimizer": "adamw",
     "data.quarantine": [],
     "data.picture_root": "",
     "data.rehearsal": 0.0,

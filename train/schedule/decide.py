@@ -16,8 +16,10 @@ DECODER_SAMPLES = {GENERATION: 8_000, EDITING: 1_600}
 DECODER_EPOCHS = {GENERATION: 4.0, EDITING: 2.0}
 # ... and to adapt a decoder, which paints such pictures already, to what a finetuned language model imagines.
 ADAPTING_SAMPLES = {GENERATION: 480, EDITING: 320}
-NEW_OPTIMIZER, KNOWN_OPTIMIZER = "muon", "adamw"
-NEW_RATE = {PRETRAIN: 1.5e-3, GENERATION: 3.0e-3, EDITING: 3.0e-3}
+NEW_RATE = {
+    "muon": {PRETRAIN: 1.5e-3, GENERATION: 3.0e-3, EDITING: 3.0e-3},
+    "adamw": {PRETRAIN: 1.5e-3, GENERATION: 1.5e-3, EDITING: 1.5e-3},
+}
 KNOWN_RATE = {PRETRAIN: 7.0e-4, GENERATION: 2.0e-4, EDITING: 1.0e-5}
 IS_NEW = 0.15  # share of the way from what the decoder shipped with to knowing nothing
 # What a step costs beyond its passes: optimizer, exchange between processes, loader. Measured on two cores.
@@ -53,7 +55,7 @@ class DecoderFacts:
 class Facts:
     """rows: of training, all tasks. batch_size: rows of a step. step_s: of pretraining. psnr: of the autoencoder on the
     run's pictures, in dB. spread: mean cosine distance of different pictures' tower embeddings. fixed_s: what the run
-    takes beside training."""
+    takes beside training. optimizer: of what is new, adamw or muon."""
 
     rows: int
     batch_size: int
@@ -62,6 +64,7 @@ class Facts:
     spread: float
     fixed_s: float
     decoders: dict[str, DecoderFacts] = field(default_factory=dict)
+    optimizer: str = "muon"
 
     @property
     def novelty(self) -> float:
@@ -116,11 +119,11 @@ def is_new(facts: Facts, stage: str) -> bool:
 
 
 def rate_of(facts: Facts, stage: str) -> float:
-    return (NEW_RATE if is_new(facts, stage) else KNOWN_RATE)[stage]
+    return (NEW_RATE[facts.optimizer] if is_new(facts, stage) else KNOWN_RATE)[stage]
 
 
 def optimizer_of(facts: Facts, stage: str) -> str:
-    return NEW_OPTIMIZER if is_new(facts, stage) else KNOWN_OPTIMIZER
+    return facts.optimizer if is_new(facts, stage) else "adamw"
 
 
 def stage_values(facts: Facts, stage: str, steps: int) -> dict[str, Any]:

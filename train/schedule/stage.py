@@ -41,7 +41,7 @@ from nexus_gen.specs.geometry import NUM_REFERENCE_TOKENS, REFERENCE_GRID
 from train.decoders.monitor import LEVELS, UNWEIGHTED
 from train.decoders.stage import DTYPES, projector_geometry
 from train.preflight.rows import left_out_of, task_rows
-from train.schedule.decide import EDITING, GENERATION, NEW_OPTIMIZER, STAGE_START_S, DecoderFacts, Facts, decide
+from train.schedule.decide import EDITING, GENERATION, STAGE_START_S, DecoderFacts, Facts, decide
 from train.schemas.schedule import SCHEDULE_FILE, ScheduleStageConfig
 from train.stage import Stage
 from train.steps.optimizers import build_optimizer
@@ -142,6 +142,7 @@ class Measuring:
             spread=spread(embeds),
             fixed_s=fixed_s,
             decoders=decoders,
+            optimizer=config.schedule.optimizer,
         )
 
     def pictures(self, rows: list[Row]) -> list[Image.Image]:
@@ -210,7 +211,7 @@ class Measuring:
 
     def optimizer_seconds(self, model: nn.Module) -> float:
         """Of a step of the optimizer that trains on new pictures. Gradients have to be there; weights stay."""
-        return self.seconds(build_optimizer(NEW_OPTIMIZER, model, 0.0, (0.9, 0.95), 0.0).step)
+        return self.seconds(build_optimizer(self.config.schedule.optimizer, model, 0.0, (0.9, 0.95), 0.0).step)
 
     def decoder_facts(self, kind: str, rows: int, latents: Tensor, embeds: Tensor, passes: float) -> DecoderFacts:
         """Loss on true embeddings, of the pictures measured, and the seconds of a step.

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar
 
 from nexus_gen.specs.errors import UserError
 from nexus_gen.specs.keys import described, key, key_of
-from train.schemas.common import RUNTIME, PathStr, TrainerConfig, positive
+from train.schemas.common import RUNTIME, PathStr, TrainerConfig, one_of, positive
 from train.schemas.inputs import ModelConfig, RowsConfig, TargetConfig
 from train.schemas.pretrain import MessagesConfig
 from train.schemas.stage import StageConfig
@@ -28,6 +28,7 @@ class ScheduleConfig:
     generation_decoder: PathStr = key("What the generation decoder begins with; empty where it begins at random")
     editing_decoder: PathStr = key("What the editing decoder begins with; empty where it begins at random")
     num_pictures: int = key("Pictures of training rows that are looked at", "pictures")
+    optimizer: str = key("Optimizer for what is new: adamw, or muon, which needs trainer.zero_stage=0 in every stage")
 
 
 @described
@@ -61,3 +62,4 @@ class ScheduleStageConfig(StageConfig):
             raise UserError(f"budget_minutes is {self.budget_minutes:g}; it must be above 0, as in budget_minutes=10")
         positive("trainer", self.trainer, "micro_batch_size", "global_batch_size")
         positive("schedule", self.schedule, "num_pictures")
+        one_of("schedule.optimizer", self.schedule.optimizer, "adamw", "muon")

@@ -127,6 +127,7 @@ def config(inputs: Path, runs_dir: Path, stage: str = "generation_decoder", deco
         },
         "sampling": {"num_inference_steps": 2, "cfg_scale": 1.0, "embedded_guidance": 3.5},
         "optim": {
+            "name": "adamw",
             "learning_rate": 1e-2,
             "weight_decay": 0.01,
             "betas": [0.9, 0.95],

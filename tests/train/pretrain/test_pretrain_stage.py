@@ -12,6 +12,7 @@ from torch import distributed, nn
 
 from launch.compose import Override, compose_stage
 from nexus_gen.language.model import LossWeights, NexusGenOutput
+from nexus_gen.language.tower_cache import TowerCache
 from train.pretrain.callbacks import Averaging, StepGuard
 from train.pretrain.stage import PretrainPipeline, schedule_by_tokens, swift_arguments
 from train.schemas.common import AverageConfig, OptimConfig
@@ -206,12 +207,24 @@ def test_the_objective_is_the_configured_mixture(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(SwiftSft, "_prepare_model_tokenizer", lambda self, **kwargs: None)
     pipeline: Any = object.__new__(PretrainPipeline)
-    pipeline.args = SimpleNamespace(training_args=SimpleNamespace(hf_deepspeed_config=None))
+    pipeline.args = SimpleNamespace(training_args=SimpleNamespace(hf_deepspeed_config=None, use_cpu=True))
     pipeline.model = SimpleNamespace(num_target_tokens=81, config=SimpleNamespace(), loss_weights=None)
     objective = SimpleNamespace(
         text_loss_weight=2.0, image_loss_weight=5.0, cosine_fraction=0.2, target_inputs="prefill"
     )
-    pipeline.config = SimpleNamespace(seed=0, model=SimpleNamespace(num_target_tokens=81), objective=objective)
+    freeze, trainer = SimpleNamespace(vision=True, merger=True), SimpleNamespace(zero_stage=0)
+    pipeline.config = SimpleNamespace(
+        seed=0, model=SimpleNamespace(num_target_tokens=81), objective=objective, freeze=freeze, trainer=trainer
+    )
     monkeypatch.setattr("train.pretrain.stage.set_hf_deepspeed_config", lambda config: None)
     pipeline._prepare_model_tokenizer()
+    assert isinstance(pipeline.model.tower_cache, TowerCache)
+    for trained in ("vision", "merger"):
+        pipeline.model.tower_cache = None
+        pipeline.config.freeze = SimpleNamespace(**{"vision": True, "merger": True} | {trained: False})
+        pipeline._prepare_model_tokenizer()
+        assert pipeline.model.tower_cache is None  # it says something else after each step
+    pipeline.config.freeze, trainer.zero_stage = freeze, 3
+    pipeline._prepare_model_tokenizer()
+    assert pipeline.model.tower_cache is None  # processes have to run the tower together
     assert pipeline.model.loss_weights == LossWeights(text=2.0, image=5.0, mse_share=0.8)

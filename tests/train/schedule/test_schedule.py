@@ -42,8 +42,12 @@ def test_new_pictures_ask_for_long_training_at_the_high_rate() -> None:
     # 6 epochs of 1500 rows, 8,000 and 1,600 samples, in batches of 8
     steps = {stage: values["trainer.max_steps"] for stage, values in schedule.values.items()}
     assert steps == {PRETRAIN: 1125, GENERATION: 1000, EDITING: 200}
-    assert all(schedule.values[stage]["optim.learning_rate"] == NEW_RATE[stage] for stage in steps)
+    assert all(schedule.values[stage]["optim.learning_rate"] == NEW_RATE["muon"][stage] for stage in steps)
     assert all(schedule.values[stage]["optim.name"] == "muon" for stage in steps)
+    by_adamw = decide(replace(FACTS, optimizer="adamw"), budget_minutes=600).values
+    assert all(
+        values["optim.name"] == "adamw" and values["optim.learning_rate"] == 1.5e-3 for values in by_adamw.values()
+    )
     assert not schedule.unreached
 
 
