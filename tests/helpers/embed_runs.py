@@ -170,9 +170,9 @@ def kill(stage: EmbedStageConfig, world_size: int, num_shards: int, delay_s: flo
     False when they had ended by then.
     """
     partial = stage.artifact_dir.with_name("artifact.partial")
-    enough = len(list(partial.glob("*/*.json"))) + num_shards
+    enough = len(list(partial.glob("*/[!.]*.json"))) + num_shards
     ranks = start(stage, world_size)
-    while any(process.is_alive() for process in ranks) and len(list(partial.glob("*/*.json"))) < enough:
+    while any(process.is_alive() for process in ranks) and len(list(partial.glob("*/[!.]*.json"))) < enough:
         time.sleep(0.002)
     time.sleep(delay_s)
     alive = any(process.is_alive() for process in ranks)
