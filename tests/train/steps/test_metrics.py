@@ -1,11 +1,13 @@
 """What a stage records goes on where it was, in its file and in wandb."""
 
+import io
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nexus_gen.specs.errors import UserError
 from train.schemas.common import LoggerConfig
@@ -75,3 +77,26 @@ def test_the_latest_value_of_each_name_that_begins_so(tmp_path: Path) -> None:
         file.write('{"step": 6, "train/lo')  # cut short by a crash
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [2, 2, 4] and before <= rows[0]["time"] <= rows[2]["time"] <= time.time()
+
+
+def test_tensorboard_shows_what_the_file_holds_and_forgets_what_is_repeated(run_dir: Path) -> None:
+    config = LoggerConfig(tensorboard=True, wandb_mode="disabled", wandb_project="shapes")
+    picture = Image.new("RGB", (6, 2), (200, 0, 0))
+
+    def recorded(first: int, last: int, offset: float) -> None:
+        logger = MetricsLogger(run_dir, config, 0, first - 1)
+        for step in range(first, last + 1):
+            logger.log(step, {"train/loss": step + offset, "train/lr": 0.5})
+            assert read_metrics(run_dir)[-1]["train/loss"] == step + offset  # at once, not when the stage ends
+        logger.log_picture(last, "samples", picture)
+        logger.close()
+
+    recorded(1, 4, 0.0)
+    recorded(3, 5, 0.25)  # from a checkpoint at step 2
+    events = EventAccumulator(str(run_dir / "log" / "tensorboard"), size_guidance={"images": 0}).Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert losses == [(row["step"], row["train/loss"]) for row in read_metrics(run_dir)]
+    assert losses == [(1, 1.0), (2, 2.0), (3, 3.25), (4, 4.25), (5, 5.25)]
+    assert {event.value for event in events.Scalars("train/lr")} == {0.5}
+    shown = Image.open(io.BytesIO(events.Images("samples")[-1].encoded_image_string))
+    assert shown.size == (6, 2) and shown.convert("RGB").getpixel((5, 1)) == (200, 0, 0)
